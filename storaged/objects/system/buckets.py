@@ -35,6 +35,7 @@ from storaged.errors import (
     InvalidArgument,
     NoSuchBucket,
     ServiceUnavailable,
+    SlowDown,
     TooManyBuckets,
 )
 from storaged.ids import BUCKET_ID_BYTES
@@ -57,7 +58,7 @@ from storaged.objects.system.bucket_records import (
     decode_bucket,
     record_in,
 )
-from storaged.objects.system.emptying import end_remains, has_versions, is_doubted
+from storaged.objects.system.emptying import DOUBTED, end_remains, has_versions, is_doubted
 from storaged.objects.system.fenced import FencedBuckets
 from storaged.objects.system.shards import draw
 from storaged.objects.write.ended_uploads import retire_uploads
@@ -313,12 +314,17 @@ class BucketService:
 
     async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
         """Raises BucketNotEmpty, NoSuchBucket, ServiceUnavailable, and SlowDown when nothing but events that are not
-        delivered yet is left; then nothing of the bucket has changed. Its open uploads end with it.
+        delivered yet is left, or only one replica knows of an object; then nothing of the bucket has changed. Its open
+        uploads end with it.
         """
+        listed_nothing = False
         for _ in range(EMPTYING_ROUNDS_MAX):
             row = await self._any_object(bucket, b"")
             if row is not None and (has_versions(row) or not await end_remains(self._plane, bucket)):
                 break
+            if row is None and listed_nothing:
+                raise SlowDown(DOUBTED)
+            listed_nothing = row is None
             deleting = await self._step(
                 bucket, msgspec.structs.replace(bucket, state=DELETING), draw=self._plane.entropy(NONCE_BYTES)
             )

@@ -25,6 +25,10 @@ EVENTS_LEFT = (
     "Events of deleted keys of this bucket are not delivered yet. Please retry. To give them up, put an empty"
     " notification configuration first."
 )
+DOUBTED = (
+    "A storage node has an object of this bucket that the others do not know, or it can't be said now whether the"
+    " bucket is empty. Repair settles that within minutes. Please retry."
+)
 LOANS_LEFT = "Copies or renames in this bucket are under way, or ended a moment ago. Please retry."
 
 
