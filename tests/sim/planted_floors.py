@@ -287,6 +287,16 @@ FLOOR_BUGS = (
         why="its ballot is refused; floors of two steps would have to be in the wrong order",
     ),
     Planted(
+        "committed_where_it_was_sealed",
+        "a second commit of a body names the places from before the first one moved its block",
+        1,
+        path="storaged/objects/write/commit.py",
+        old="    entry = announced if (announced := writer.entry()) != entry else entry",
+        new="    entry = entry",
+        tests="tests/unit/test_objects_versions.py",
+        why="the play imitates the writer, and moves no blocks",
+    ),
+    Planted(
         "grounds_after_the_fragments",
         "a gateway takes the grounds of a create when the fragments are on their disks",
         1,

@@ -259,6 +259,25 @@ async def test_a_put_that_thinks_the_bucket_has_no_versioning_keeps_all_versions
     await made.objects.close()
 
 
+async def test_a_create_under_a_history_names_the_places_to_which_its_block_has_moved() -> None:
+    made = Made(ENABLED)
+    before = (await made.put(b"before")).version_id
+    victim, data = made.world.disks.disks["b1"], os.urandom(300_000)
+
+    def fail(_number: int) -> None:
+        victim.down = True
+
+    victim.on_write = fail
+    await made.objects.put(made.bare, b"key", pieces(data), NewMeta(), BodyChecks(size=len(data)), owner=OWNER)
+    assert made.world.ring.created == 0
+    newest = decode_object(made.value().body).versions[0].parts[0]
+    placed = {(fragment.k, fragment.m) for _, fragment in made.world.disks.of(newest.data_id)}
+    assert {(run.k, run.m) for run in newest.runs} == placed
+    assert await made.got() == data
+    assert await made.got(before) == b"before"
+    await made.objects.close()
+
+
 async def test_conditions_judge_the_current_version_alone() -> None:
     made = Made(ENABLED)
     await made.put(b"1")

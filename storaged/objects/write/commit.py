@@ -85,6 +85,7 @@ async def commit(
             )
         count_put(plane, sealed)
         return outcome, entry
+    entry = announced if (announced := writer.entry()) != entry else entry  # a former commit may have moved blocks
     if regardless and after_promise is None and writer.held is not None:
         grounds = plane.registers.grounds(name)
         if grounds is not None:
