@@ -287,6 +287,16 @@ FLOOR_BUGS = (
         why="its ballot is refused; floors of two steps would have to be in the wrong order",
     ),
     Planted(
+        "created_block_is_deleted",
+        "a gateway that moves a block deletes fragments that a create names which may still be carried on",
+        1,
+        path="storaged/objects/write/writer.py",
+        old="        self._is_shared = True  # a replica may",
+        new="        # a replica may",
+        tests="tests/unit/test_objects_writer.py",
+        why="the play imitates the writer, and moves no blocks",
+    ),
+    Planted(
         "committed_where_it_was_sealed",
         "a second commit of a body names the places from before the first one moved its block",
         1,

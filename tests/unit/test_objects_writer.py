@@ -14,16 +14,17 @@ from typing import Any
 
 import pytest
 
-from storaged.errors import BadDigest, PreconditionFailed, ServiceUnavailable
+from storaged.errors import BadDigest, OutcomeUnknown, PreconditionFailed, ServiceUnavailable
 from storaged.fragments.ports import FragmentHeader, FragmentId
-from storaged.meta.names import RegisterName
-from storaged.meta.ports import Grounds, Outcome, Update
+from storaged.meta.names import Change, RegisterName, Value
+from storaged.meta.ports import Grounds, Outcome, Unasked, Update
 from storaged.objects.api import BodyChecks, NewMeta, WriteConditions
 from storaged.objects.code.seal import PartSealer
 from storaged.objects.etags import ANY
 from storaged.objects.service import ObjectService
 from storaged.objects.write import sealing
 from storaged.objects.write.checksums import BodyDigest
+from storaged.objects.write.writer import RunsChanged
 from storaged.wire import Buffer
 from tests.doubles.disks import FaultyDisk
 from tests.doubles.layouts import layout_of
@@ -231,6 +232,32 @@ async def test_where_a_create_is_refused_its_fragments_are_seen_after_a_promise(
         assert spared == [0] * 6
         assert await got(objects, bucket) == data
     assert world.ring.created == 0
+    await objects.close()
+
+
+async def test_a_create_that_may_be_carried_on_finds_its_fragments_after_the_block_has_moved() -> None:
+    """One replica has taken it, and two have refused it."""
+    world = World()
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
+    created: list[tuple[RegisterName, Change]] = []
+
+    async def refused(
+        name: RegisterName, update: Update, *, ready: Awaitable[None], unasked: Unasked, **more: Any
+    ) -> Outcome:
+        created.append((name, unasked.change))
+        world.disks.suspected.add("b1")
+        update(None)
+        with pytest.raises(RunsChanged):
+            await ready
+        raise OutcomeUnknown("the block has moved")
+
+    world.ring.change = refused  # type: ignore[assignment,method-assign]
+    with pytest.raises(OutcomeUnknown):
+        await put(objects, bucket, data)
+    world.disks.suspected.clear()
+    [(name, change)] = created
+    world.ring.values[name] = Value(1, os.urandom(16), change.visibility, change.body, change.payload)
+    assert await got(objects, bucket) == data
     await objects.close()
 
 

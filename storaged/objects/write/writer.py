@@ -235,11 +235,10 @@ class PartWriter:
         return coded
 
     async def _forget(self, state: BlockState, stale: Mapping[int, str]) -> None:
-        """Deletes fragments that no record will refer to. Those of a part that others write too (``NewPart.form``) go
-        to the garbage lists: a record may name them.
+        """Deletes fragments that no record will refer to. Those of a part that others write too (``NewPart.form``), or
+        of a create, go to the garbage lists: a record may name them.
 
-        Waits for the deletions. A disk that does not confirm is not used again: a late deletion must not hit the same
-        fragment, written anew.
+        Waits for that. A disk that does not confirm is not used again: a late deletion must not hit the fragment anew.
         """
         for position, disk in stale.items():
             state.durable.pop(position, None)
@@ -323,6 +322,7 @@ class PartWriter:
         self._announced, now = None, asyncio.Event()
         now.set()
         await self.durable(now)
+        self._is_shared = True  # a replica may take the create, and a later proposer carry it on
         return self.entry()
 
     async def barrier(self) -> None:
