@@ -157,6 +157,35 @@ async def test_after_a_wrong_guess_none_is_made_until_the_record_was_seen_twice(
     await rig.close()
 
 
+async def test_while_replicas_do_not_agree_at_once_one_guess_is_made() -> None:
+    rig, data = Rig(), os.urandom(SIZE)
+    await put(rig.other, rig.bucket, data)
+    assert await rig.whole() == data
+    ring: Any = rig.world.ring
+    try_read = ring.try_read
+    ring.try_read = lambda _name, _want_payload, then: asyncio.get_running_loop().call_later(0.01, then, None)
+    costs = []
+    for _ in range(3):
+        before = rig.fragment_reads()
+        assert await rig.begin() is None
+        costs.append(rig.fragment_reads() - before)
+        assert rig.nothing_is_held()
+        stream = await rig.objects.get(rig.bucket, b"key")  # what the connection's task does then
+        assert b"".join([bytes(piece) async for piece in stream.chunks()]) == data
+    assert costs == [4, 0, 0]
+    ring.try_read = try_read
+    assert await rig.whole() == data
+    rig.record_comes.clear()
+    told, before = rig.begin(), rig.fragment_reads()
+    await asyncio.sleep(0.01)
+    assert rig.fragment_reads() == before + 4, "they agree again"
+    rig.record_comes.set()
+    found = await told
+    assert isinstance(found, VerifiedStream)
+    found.release()
+    await rig.close()
+
+
 async def test_damage_is_reported_once_the_guess_was_right() -> None:
     rig, data = Rig(), os.urandom(SIZE)
     await put(rig.other, rig.bucket, data)

@@ -36,7 +36,7 @@ class OpenedRecord:
     ``body`` and ``visibility`` are those of the register's value. ``bucket_key()``
     is the key that opened it, or None when that key is gone. ``info`` and ``key`` (of the only part) are filled in at
     first use. ``key`` is not its cipher, which would take another 7 KiB and save 1 us. ``steady``: the key had this
-    record each time that it was looked at.
+    record when it was last looked at, and replicas agreed at once.
     """
 
     __slots__ = ("body", "bucket_key", "info", "key", "lock", "opened", "steady", "version_id", "visibility")
@@ -73,12 +73,11 @@ class OpenedRecordCache:
         if found is None or found.body != value.body or found.visibility != value.visibility:
             return None
         self._records.move_to_end(place)
-        found.steady = True
         return found
 
     def likely(self, place: tuple[bytes, bytes]) -> OpenedRecord | None:
-        """The entry that the key's record, which was not read yet, probably fits. None where the last guess was wrong,
-        or the record has just changed: then it may change often.
+        """The entry that the key's record, which was not read yet, probably fits. None where the last guess was wrong
+        or came to nothing, or the record has just changed: then it may do so often.
         """
         found = self._records.get(place)
         return found if found is not None and found.steady else None

@@ -128,6 +128,8 @@ def try_find(
     """As ``find``, of the newest version. None: its bucket key must be fetched, or another key looked at."""
     found = _try_cached(plane, name, bucket, key, "", reading)
     if found is not None:
+        if found.cached is not None:
+            found.cached.steady = True  # not in ``find``: a guess comes to nothing where replicas do not agree at once
         return found
     record = decode_record(reading.value)
     if _departure_of(record) is not None:

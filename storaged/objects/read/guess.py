@@ -6,9 +6,9 @@ requests for fragments leave together with those for the record, often in the sa
 if the record turns out to be the one that was opened, to the last byte. Otherwise it is dropped unseen, and the read
 begins anew. So an answer is as new as without this: a data id names the same bytes for ever, whenever they are read.
 
-A wrong guess costs one window. So none is made for a key whose record was another one when it was last looked at
-(``OpenedRecordCache.likely``). Damage that a wrong guess meets is none: the fragments may rightly be gone. So damage is
-reported once the guess proved right.
+A wrong guess costs one window. So none is made for a key whose record was another one when it was last looked at, or
+whose replicas did not agree at once: then a task reads all of it anew (``OpenedRecordCache.likely``). Damage that a
+wrong guess meets is none: the fragments may rightly be gone. So damage is reported once the guess proved right.
 """
 
 from __future__ import annotations
