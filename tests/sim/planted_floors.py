@@ -267,6 +267,16 @@ FLOOR_BUGS = (
         why="no play has a replica that lies about floors",
     ),
     Planted(
+        "floor_that_none_has",
+        "a replica that lies about its floor has creates begin where nobody takes them for creates",
+        1,
+        path=_RULES,
+        old="        if sequence % FLOOR_SEQUENCES:\n",
+        new="        if False:\n",
+        tests=_TESTS,
+        why="no play has a replica that lies about floors",
+    ),
+    Planted(
         "grounds_of_another_step",
         "a create of fragments names a floor of an earlier step of its partition",
         1,

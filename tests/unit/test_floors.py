@@ -160,6 +160,23 @@ def test_a_proposer_believes_no_floor_that_lies_in_the_future() -> None:
     assert (known.of(NAME), known.of(OTHER), known.of(system_name("x"))) == (S, S, 0)
 
 
+@pytest.mark.parametrize("lie", [5, S + 1, S + FLOOR_SEQUENCES - 1])
+@pytest.mark.parametrize("vouched", [False, True])
+def test_what_is_created_after_a_replica_has_lied_about_its_floor_is_known_for_a_create(
+    lie: int, vouched: bool
+) -> None:
+    """Else a proposer that finds it at a replica that lags would overwrite versions with it."""
+    counts = dict.fromkeys(("preempted", "unknown", "unavailable", "identity_rounds"), 0)
+    shared = Shared(Ballots("gw", lambda: b"incarnat"), RULES, counts)
+    view = View.of(epoch_of(2, 1), DISKS[:3])
+    machine = Proposer(shared, Wanted(NAME, put(b"new")), Lineage(b"c" * 14))
+    machine.create(view, Change(b"new"), NOW_US)
+    for disk, floor in ((DISKS[0], lie), (DISKS[1], S if vouched else 0)):
+        machine.created(disk, messages.AcceptReply(Verdict.HELD, FLOOR, floor=floor))
+    grounds = shared.grounds(NAME, view, NOW_US, vouched=vouched)
+    assert created(Lineage(b"d" * 14).create(Change(b"new"), grounds.ballot, grounds.floor))
+
+
 # --- one acceptor
 
 

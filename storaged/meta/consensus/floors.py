@@ -174,6 +174,8 @@ class KnownFloors:
         """
         if not sequence or sequence > sequence_of(Ballot(0, now_us + COUNTER_AHEAD_MAX_US, "", b"")):
             return
+        if sequence % FLOOR_SEQUENCES:
+            return  # no floor has it, and no create above it would be known for one
         if len(self._sequences) >= RANGES_KNOWN_MAX:
             self._sequences.clear()
             self._seen.clear()
