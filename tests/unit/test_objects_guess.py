@@ -186,6 +186,25 @@ async def test_while_replicas_do_not_agree_at_once_one_guess_is_made() -> None:
     await rig.close()
 
 
+async def test_a_read_of_the_record_that_fails_as_nobody_foresaw_keeps_nothing_of_its_guess() -> None:
+    rig = Rig()
+    await put(rig.other, rig.bucket, os.urandom(SIZE))
+    await rig.whole()
+    ring: Any = rig.world.ring
+
+    def fails(*_read: Any) -> None:
+        raise RuntimeError("a mistake")
+
+    ring.try_read = fails
+    before = rig.fragment_reads()
+    with pytest.raises(RuntimeError):
+        rig.begin()
+    await asyncio.sleep(0.01)
+    assert rig.fragment_reads() == before + 4
+    assert rig.nothing_is_held()
+    await rig.close()
+
+
 async def test_damage_is_reported_once_the_guess_was_right() -> None:
     rig, data = Rig(), os.urandom(SIZE)
     await put(rig.other, rig.bucket, data)

@@ -135,7 +135,13 @@ def try_read(
     name = object_name(bucket.id, bucket.shard_numbers, key)
     guess = try_guess(plane, name, bucket, key, span) if want_plain else None
     wanted = (want_plain, span)
-    plane.registers.try_read(name, want_plain, partial(_on_reading, plane, name, bucket, key, wanted, guess, on_read))
+    on_reading = partial(_on_reading, plane, name, bucket, key, wanted, guess, on_read)
+    try:
+        plane.registers.try_read(name, want_plain, on_reading)
+    except BaseException:  # a mistake of ours: ``get`` meets it again, and nobody would end the guess
+        if guess is not None:
+            guess.drop()
+        raise
 
 
 def _on_reading(
