@@ -46,6 +46,7 @@ from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.node.disks import load_of
 from storaged.node.keeper import SystemKeeper
 from storaged.objects.api import BodyChecks, NewMeta, Principal, PutResult
+from storaged.objects.code.adding import overtake
 from storaged.objects.code.manifest import parts_of
 from storaged.objects.code.small_copy import is_small_copy
 from storaged.objects.plane import ObjectLimits, ObjectPlane
@@ -295,7 +296,8 @@ class ProcessLayouts(Places):
 
 class LocalCaller:
     """``Caller``: the other node's method, called directly, where its row lets the caller's ``role``; requests and
-    replies go through their encoding. ``intercept`` sees every call before it is made.
+    replies go through their encoding. ``intercept`` sees every call before it is made, ``answering`` each that was
+    answered.
     """
 
     def __init__(self, cluster: Cluster, name: str, role: str) -> None:
@@ -334,6 +336,8 @@ class LocalCaller:
             raise PeerRefused(error.message, error.code) from None
         if not target.up or target.lives != lives:
             raise PeerUnreachable(f"{node} went away")
+        if self._cluster.answering is not None:
+            await self._cluster.answering(self._name, node, method, request)
         message, bulk = (answer.message, b"".join(answer.body)) if isinstance(answer, Reply) else (answer, b"")
         await asyncio.sleep(CALL_S)
         return decode(encode(message), reply), memoryview(bulk)
@@ -389,6 +393,7 @@ class Cluster:
         self.limits = limits or MaintainLimits()
         self.layouts = KnownLayouts(layout_of(disks_per_node, racks=racks))
         self.intercept: Intercept | None = None
+        self.answering: Intercept | None = None
         self.log: list[str] = []
         self.nodes: dict[str, StorageNode] = {}
         self.alive = Alive(self)
@@ -611,6 +616,7 @@ class Gateway:
             is_copy=is_small_copy,
             refresh=self.layouts.refresh,
             jitter=lambda: 0.5,
+            overtake=overtake,
             believes=lambda name, value: self.belief(name, value),
             on_missed=self._missed,
             on_fenced=lambda scope: self.buckets.fenced(scope),
