@@ -286,9 +286,9 @@ async def test_a_copy_has_the_redirection_that_its_request_names_and_never_its_s
 
         assert found("u")[0] == "/u"
         owner.copy_object(Bucket="bucket", Key="plain", CopySource=source)
-        assert found("plain") == ("", {"m": "1"}, "STANDARD_IA")
+        assert found("plain") == ("", {"m": "1"}, "")
         owner.copy_object(Bucket="bucket", Key="named", CopySource=source, WebsiteRedirectLocation="/b")
-        assert found("named") == ("/b", {"m": "1"}, "STANDARD_IA")
+        assert found("named") == ("/b", {"m": "1"}, "")
         owner.copy_object(
             Bucket="bucket", Key="new", CopySource=source, WebsiteRedirectLocation="/c", MetadataDirective="REPLACE"
         )
