@@ -181,9 +181,13 @@ async def test_a_range_is_told_as_its_headers_ask(world: World, which: str) -> N
         assert (head.split(b" ")[1], body) == (b"200", data)
     assert len(world.objects.read_answers) == 6
     assert len(world.objects.readings) == (0 if which == "small" else 6), "these disks can be read by a task only"
+    world.objects.readings.clear()
     head, body = await ask_once(world, "GET", f"/bucket/{which}", Range=f"bytes={len(data)}-")
     assert head.split(b" ")[1] == b"416"
     assert f"<ActualObjectSize>{len(data)}</ActualObjectSize>".encode() in body
+    assert world.objects.readings == [], "the record is not read again"
+    by_task = await ask_once(world, "GET", f"/bucket/{which}", Range=f"bytes={len(data)}-", **{"x-unknown": "1"})
+    assert (len(world.objects.readings), by_task) == (1, (head, body))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from storaged.errors import NoSuchKey
+from storaged.errors import KeyringUnavailable, NoSuchKey
 from storaged.objects.api import ObjectInfo, ReadResult
 from storaged.objects.read.streams import VerifiedStream
 from storaged.objects.read.window import WindowJob
@@ -201,6 +201,24 @@ async def test_a_read_of_the_record_that_fails_as_nobody_foresaw_keeps_nothing_o
         rig.begin()
     await asyncio.sleep(0.01)
     assert rig.fragment_reads() == before + 4
+    assert rig.nothing_is_held()
+    await rig.close()
+
+
+async def test_a_key_that_another_gateway_deleted_is_not_there_also_while_the_keyring_is_locked() -> None:
+    rig = Rig()
+    await put(rig.other, rig.bucket, os.urandom(SIZE))
+    await rig.whole()
+    await rig.other.delete(rig.bucket, b"key")
+    keys: Any = rig.world.keys
+
+    def locked(*_which: Any) -> None:
+        raise KeyringUnavailable
+
+    keys.try_bucket_key = locked
+    before = rig.fragment_reads()
+    assert isinstance(await rig.begin(), NoSuchKey)
+    assert rig.fragment_reads() == before
     assert rig.nothing_is_held()
     await rig.close()
 

@@ -138,7 +138,7 @@ def try_read(
     on_reading = partial(_on_reading, plane, name, bucket, key, wanted, guess, on_read)
     try:
         plane.registers.try_read(name, want_plain, on_reading)
-    except BaseException:  # a mistake of ours: ``get`` meets it again, and nobody would end the guess
+    except BaseException:  # a mistake of ours: ``get`` meets it again, and ``_on_reading`` does not end the guess
         if guess is not None:
             guess.drop()
         raise

@@ -116,10 +116,10 @@ def try_guess(
         or opened.has_customer_key
     ):
         return None
-    bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, version.bucket_key)
-    if bucket_key is None or bucket_key is not cached.bucket_key():
-        return None
     try:
+        bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, version.bucket_key)
+        if bucket_key is None or bucket_key is not cached.bucket_key():
+            return None
         span = span_of(spec, info.size)
         if not 0 < span.length <= HELD_BYTES_MAX:
             return None

@@ -71,7 +71,7 @@ class PartReader:
         self._copy = copy
         self._bad: set[str] = set()
         self.on_damage: OnDamage = plane.on_damage
-        """Told of damage that the reads find."""
+        """Gets the damage that the reads find."""
         try:
             self.key = key or part_key(dek, entry.header, entry.data_id, entry.number)
             self._opener = Opener(self.key, entry.size)

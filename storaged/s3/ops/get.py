@@ -203,7 +203,7 @@ def _on_read(front: Front, request: Request, on_reply: OnReply, found: ReadResul
                 request.reading, request.read_error = found
             else:
                 request.reading = found if isinstance(found, Reading) else None
-            on_reply(found if isinstance(found, errors.NoSuchKey) else None)
+            on_reply(found if isinstance(found, errors.NoSuchKey | errors.InvalidRange) else None)
             return
         else:
             release = found.release
