@@ -481,6 +481,28 @@ async def test_the_disk_that_comes_takes_floors_of_earlier_steps() -> None:
     assert (await replica.floors.take_floors(take)).verdict == Verdict.EPOCH
 
 
+async def test_a_disk_takes_no_floor_for_a_step_that_ended_while_other_floors_were_written() -> None:
+    disk = SlowDisk()
+    replica = replica_on(MemoryMetaStore(sync=disk.sync))
+    partition, joint = NAME.partition, epoch_of(1, 1)
+    await replica.floors.set_floor(FloorSet("d", PREFIX, FLOOR))
+    disk.open.clear()
+    setting = asyncio.ensure_future(replica.floors.set_floor(FloorSet("d", PREFIX, FLOOR, True)))
+    await settle_tasks()
+    later = FLOOR._replace(counter=FLOOR.counter + 1)
+    take = messages.FloorsTake("d", partition, joint, (RangeFloor(PREFIX, later),))
+    taking = asyncio.ensure_future(replica.floors.take_floors(take))
+    await settle_tasks()
+    moving = asyncio.ensure_future(replica.prepare(prepare(ballot(NOW_US, epoch=epoch_of(2, 1)))))
+    await settle_tasks()
+    disk.open.set()
+    assert (await setting).verdict == Verdict.OK
+    assert (await taking).verdict == Verdict.EPOCH
+    await moving
+    told = await replica.floors.floors(messages.FloorsAsk("d", partition))
+    assert told == messages.FloorsReply((RangeFloor(PREFIX, FLOOR),))
+
+
 # --- the ring
 
 

@@ -252,12 +252,12 @@ class Floors:
         for floor in request.floors:
             check_floor(floor.prefix, floor.ballot)
             range_ = range_of(floor.prefix)
-            name = RegisterName(*range_, b"")
-            if name.partition != request.partition or step_of(floor.ballot.epoch) >= step_of(request.epoch):
+            in_partition = RegisterName(*range_, b"").partition == request.partition
+            if not in_partition or step_of(floor.ballot.epoch) >= step_of(request.epoch):
                 raise InvalidRequest("Not a floor of an earlier step of this partition.")
-            if request.epoch < self._state.epoch_at(name):
-                return FloorReply(Verdict.EPOCH)
             taken[range_] = floor.ballot
-        async with self._writing:
+        async with self._writing:  # judged after the wait: meanwhile the partition may move on
+            if any(request.epoch < self._state.epoch_at(RegisterName(*range_, b"")) for range_ in taken):
+                return FloorReply(Verdict.EPOCH)
             await self._activate(taken)
         return FloorReply(Verdict.OK)
