@@ -362,6 +362,33 @@ async def test_a_page_full_of_deleted_keys_is_cut_short_and_tells_where_to_go_on
     assert seen == [b"z"]
 
 
+async def test_rows_of_any_replica_are_found_behind_very_many_deleted_keys() -> None:
+    """A bucket that was emptied has millions of them for a day."""
+    ring = Ring(examine_max=2)
+    name = name_of(b"z")
+    lagging, *others = ring.replicas_of(name)
+    for number in range(4 * comparing.ROUNDS_MAX):
+        for disk in others:
+            await ring.put(disk, name_of(b"k%04d" % number), value_of(2, Visibility.TOMBSTONE), 2)
+    await ring.put(lagging, name, value_of(1), 1)
+    found = [row.key async for row in ring.scanner.rows_anywhere(PageQuery(Table.OBJECT, BUCKET, range(1)))]
+    assert found == [b"z"]
+
+
+@pytest.mark.parametrize("visibility", [Visibility.LIVE, Visibility.TOMBSTONE])
+async def test_a_replica_that_names_rows_without_end_is_not_read_without_end(
+    monkeypatch: pytest.MonkeyPatch, visibility: Visibility
+) -> None:
+    monkeypatch.setattr(comparing, "ROUNDS_MAX", 3)
+    monkeypatch.setattr(comparing, "EMPTY_ROUNDS_MAX", 3)
+    ring = Ring(examine_max=2)
+    liar = ring.replicas_of(name_of(b"a"))[0]
+    for number in range(20):
+        await ring.put(liar, name_of(b"k%04d" % number), value_of(1, visibility), 1)
+    with pytest.raises(ServiceUnavailable):
+        _ = [row async for row in ring.scanner.rows_anywhere(PageQuery(Table.OBJECT, BUCKET, range(1)))]
+
+
 async def test_a_page_cut_short_inside_a_common_prefix_does_not_show_it_again() -> None:
     ring = Ring(examine_max=1, share=lambda _entries, _feeds, _turn: 1)
     await ring.put_everywhere(name_of(b"p/2", 1))

@@ -42,7 +42,11 @@ ROUND_BYTES_MAX = 2 * MIB
 """Where the rows of all spans together may have more, one span is asked for at a time: a message has a bound."""
 
 ROUNDS_MAX = 64
-"""Of ``rows_anywhere``: a replica that lies could name rows without end."""
+"""Of ``rows_anywhere``, those in which a replica has rows: one that lies could name rows without end."""
+EMPTY_ROUNDS_MAX = 8_192
+"""Of ``rows_anywhere``, all others. In each of them replicas look at 8,192 rows of deleted keys. A bucket that was
+emptied has millions of such rows in a shard, for a day.
+"""
 UNSETTLED_MAX = 32
 """A comparison ends when it fails to settle more keys: then it is more than a few damaged rows, and each key costs a
 time-out.
@@ -208,7 +212,8 @@ async def rows_anywhere(
     """As ``RingScanner.rows_anywhere``."""
     feed = reader.feed(query, shard, b"")
     patience_s = PATIENCE_S if all(map(liveness.disk_readable, feed.disks)) else None
-    for _ in range(ROUNDS_MAX):
+    named = empty = 0
+    while named < ROUNDS_MAX and empty < EMPTY_ROUNDS_MAX:
         read = PieceRead(feed, feed.through, WALK_ROWS)
         [answers] = await reader.ask_all(query, [read], query.rows, hedge_s=patience_s)
         silent = set(feed.disks) - set(answers)
@@ -216,7 +221,9 @@ async def rows_anywhere(
             raise ServiceUnavailable(f"Disk {min(silent)} does not say which rows it has.")
         rows = {disk: rows_after(feed.through, answer) for disk, answer in answers.items()}
         through, done = common_end(answers.values())
-        for key, seen in reported(rows, through, done).items():
+        found = reported(rows, through, done)
+        named, empty = (named + 1, empty) if found else (named, empty + 1)
+        for key, seen in found.items():
             for value in dict.fromkeys(row.value for row in seen.values()):
                 if value is None:
                     raise ServiceUnavailable("A row is damaged at one of its replicas.")
