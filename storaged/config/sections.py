@@ -11,8 +11,9 @@ LOG_FORMATS = ("auto", "journal", "json", "console", "logfmt")
 ROLES = ("storage", "gateway")
 NEW_BUCKETS = ("aws", "legacy")
 KEEP_DAYS_MIN = 180
-SMALL_OBJECT_BYTES_MAX = 256 * KIB
 """Days that files of the audit log are kept at least: six months."""
+SMALL_OBJECT_BYTES_MAX = 256 * KIB
+"""No object of more bytes is kept as whole copies: the highest border that a gateway or a bucket may have."""
 
 
 class NodeSection(msgspec.Struct, frozen=True):
