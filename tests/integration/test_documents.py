@@ -82,6 +82,11 @@ def test_prose_ends_at_120_columns(document: Path) -> None:
     assert not long, "\n".join(long)
 
 
+def test_every_table_has_its_rows_on_lines_of_their_own(document: Path) -> None:
+    heads = [(number, line) for number, line in prose(document.read_text()) if "|---" in line]
+    assert [(number, line) for number, line in heads if not re.fullmatch(r"\s*\|(-+\|)+", line)] == []
+
+
 def test_every_path_that_a_document_names_exists(document: Path) -> None:
     if document.name in HISTORY:
         pytest.skip("its names are those of the time")
