@@ -290,8 +290,8 @@ list, ETag, checksums and last modified time. Objects with SSE-C are refused (40
   change of tags, access control list or encryption under the old name may answer 503. An object that is replaced,
   deleted or renamed under its new name meanwhile does not come back under the old one.
 * Of several renames of an object at the same time one succeeds. The others answer 404 or 503, and change nothing.
-* A rename changes nothing of what another request has put under the old name meanwhile. Who overwrites or deletes the
-  object while it is renamed may find it under its new name nevertheless.
+* A rename changes nothing of what another request has put under the old name meanwhile. When a request overwrites or
+  deletes the object under its old name during the rename, the object may still appear under its new name.
 * After an error 5xx the rename may have been done: retry with the same token. The token is remembered as long as the
   object stays under its new name. With another source it answers 400 IdempotencyParameterMismatch.
 * Coded objects, also those that were uploaded in parts, move no data. Others are read and sealed anew, if they have at

@@ -60,8 +60,8 @@ Why the sequence of a floor never falls (rule 38)
 Why a create finds its fragments (rule 39)
     A create of a coded object refers to fragments that were durable before it. Between their first write and the create
     its gateway may sleep, and a collector may take them for orphans. Such a collector has a round made first, which
-    every replica accepts, and deletes only then (``maintain.disuse``). The create asks nobody for a promise. What keeps
-    it from being taken afterwards are these rows, and when they have gone, floors.
+    every replica accepts, and deletes only then (``maintain.disuse``). The create has no promise. These
+    rows keep it from being taken afterwards, and when they have gone, floors do.
 
     So the create has *grounds* from before the first write: a ballot, which has the step of the partition, and the
     sequence s of a floor. At that moment a replica X of this step had a floor F with a sequence of s or more; or s is
@@ -77,7 +77,7 @@ Why a create finds its fragments (rule 39)
       each later floor. The create's is s + 1: where the row of R has gone, it is refused.
     * As long as a replica has a row it refuses the create.
 
-    No clock is asked, and it does not matter how long the gateway slept. A replica that lies about floors leads nobody:
+    No clock is asked, and it does not matter how long the gateway slept. A lie about floors misleads no gateway:
     s is what a quorum of replicas has named in this step (``KnownFloors.vouched``). When the create is refused, the
     change goes on with a promise, and sees its fragments again.
 

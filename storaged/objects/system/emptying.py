@@ -42,7 +42,7 @@ def has_versions(row: Row) -> bool:
 async def is_doubted(plane: ObjectPlane, bucket: BucketRecord) -> bool:
     """Whether some replica has an object of the bucket in whose place a majority has nothing newer. Nothing is settled
     here: a round does not count what one replica alone has, where the others say that the key was never written. An
-    interrupted write may have left it: then it is settled soon, for repair is told.
+    interrupted write may have left it. Then repair, which gets a report of it, settles it soon.
     """
     found = await gather_bounded([_doubted_in(plane, bucket, shard) for shard in bucket.shard_numbers], SHARDS_AT_ONCE)
     return any(found)
