@@ -107,15 +107,20 @@ class Costs:
 
     def __init__(self, server: Server, fill_s: float = math.inf) -> None:
         self._server = server
-        self._ends = time.monotonic() + fill_s
+        self._fill_s = fill_s
+        self._ends = math.inf
         self.rows: list[dict[str, Any]] = []
 
     def cpu_s(self) -> float:
         return sum(self._server.cpu_seconds().values())
 
+    def begin_fill(self) -> None:
+        """From now on the time counts. Versions and objects have ``fill_s`` each."""
+        self._ends = time.monotonic() + self._fill_s
+
     @property
     def late(self) -> bool:
-        """Whether the time to fill the store is over."""
+        """Whether the time to fill the bucket is over."""
         return time.monotonic() >= self._ends
 
     def check_free(self) -> None:
@@ -166,6 +171,7 @@ async def versions(target: Target, costs: Costs, count: int, body_bytes: int) ->
     client, written = await Client.of(target), 0
     await client.ask("PUT", VERSIONS)
     await client.ask("PUT", VERSIONS, query="versioning=", body=VERSIONED.encode())
+    costs.begin_fill()
     for size in sorted({max(count // 100, 1), max(count // 10, 1), count}):
         before, first = (costs.cpu_s(), time.perf_counter()), written
         while written < size and not costs.late:
@@ -232,6 +238,7 @@ async def lifecycle(
 ) -> None:
     await alone(target, OBJECTS)
     filled = 0
+    costs.begin_fill()
     for size in sorted({max(count // 100, 1), max(count // 10, 1), count}):
         before, first = (costs.cpu_s(), time.perf_counter()), filled
         filled += await fill(target, costs, range(filled, size), writers)
@@ -262,10 +269,12 @@ async def alone(target: Target, bucket: str, query: str = "", body: bytes = b"")
     client.close()
 
 
-def _note_each(costs: Costs, what: str, size: int, before: tuple[float, float], count: int = 0) -> None:
-    """``count``: how many there were, if not ``size``."""
+def _note_each(costs: Costs, what: str, size: int, before: tuple[float, float], count: int | None = None) -> None:
+    """``count``: how many there were, if not ``size``. No line if there was none."""
     cpu_s, began = before
-    took, count = time.perf_counter() - began, count or size
+    took, count = time.perf_counter() - began, size if count is None else count
+    if not count:
+        return
     costs.note(what, size, each_ms=1e3 * took / count, cpu_ms=1e3 * (costs.cpu_s() - cpu_s) / count, seconds=took)
 
 
@@ -318,7 +327,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--body-bytes", type=int, default=BODY_BYTES, help="of a version; up to 1,008 stay in the record"
     )
     parser.add_argument("--writers", type=int, default=WRITERS, help="connections that fill the bucket")
-    parser.add_argument("--fill-s", type=float, default=math.inf, help="after so long it measures what there is")
+    parser.add_argument(
+        "--fill-s", type=float, default=math.inf, help="of each of the two: then it measures what there is"
+    )
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where the disks are")
     parser.add_argument("--json", type=Path, help="write the table to this file too")
     options = parser.parse_args(arguments)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
 from benches import many
 from benches.many import PAGE_VERSIONS, VERSIONED, Client, Costs, disk_bytes, fill, full_pages, rule
+from benches.many import lifecycle as measure_lifecycle
 from benches.s3client import Connection, Target, WrongAnswer
 from benches.servers import Server
 from storaged.s3 import xml
@@ -102,14 +105,37 @@ async def test_it_asks_again_when_the_server_has_too_much_to_do(monkeypatch: pyt
         await Client(cast(Connection, Answers(*["status 503: slow"] * 20)), TARGET).ask("PUT", "bucket")
 
 
-async def test_it_stops_to_fill_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    answers = Answers()
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
+    """Those of every client's connection."""
+    found = Answers()
 
     async def of(target: Target) -> Client:
-        return Client(cast(Connection, answers), target)
+        return Client(cast(Connection, found), target)
 
     monkeypatch.setattr(Client, "of", of)
-    server = Server("one", TARGET, folder=tmp_path)
-    assert await fill(TARGET, Costs(server), range(100), 8) == answers.asked == 100
-    assert await fill(TARGET, Costs(server, 0.0), range(100), 8) == 0
-    assert await fill(TARGET, Costs(server, 0.0), range(100), 8, even_late=True) == 100
+    return found
+
+
+async def test_it_stops_to_fill_when_its_time_is_over(answers: Answers, tmp_path: Path) -> None:
+    costs, late = (Costs(Server("one", TARGET, folder=tmp_path), fill_s) for fill_s in (3600.0, 0.0))
+    costs.begin_fill()
+    late.begin_fill()
+    assert await fill(TARGET, costs, range(100), 8) == answers.asked == 100
+    assert await fill(TARGET, late, range(100), 8) == 0
+    assert await fill(TARGET, late, range(100), 8, even_late=True) == 100
+
+
+@pytest.mark.parametrize(("fill_s", "filled"), [(100.0, [2, 20, 200]), (0.0, [])])
+async def test_objects_are_filled_in_although_versions_have_used_their_time(
+    answers: Answers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fill_s: float, filled: list[int]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(many, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter))
+    costs = Costs(Server("one", TARGET, folder=tmp_path), fill_s)
+    costs.begin_fill()
+    now = 150.0
+    assert costs.late
+    await measure_lifecycle(TARGET, costs, 200, 8, lambda: {"walked_ms": 1, "expired": 200})
+    assert [row["size"] for row in costs.rows if row["what"] == "PUT without rules"] == filled
+    assert costs.rows[-1]["what"] == "due object, with its walk"
