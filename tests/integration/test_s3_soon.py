@@ -169,7 +169,7 @@ async def test_a_record_that_was_read_is_not_read_again_for_what_takes_longer(
 
 
 @pytest.mark.parametrize("which", ["small", "large"])
-async def test_a_range_is_told_as_its_headers_ask(world: World, which: str) -> None:
+async def test_a_range_is_answered_as_its_header_asks(world: World, which: str) -> None:
     data = {"small": SMALL, "large": LARGE}[which]
     for text, first, end in (("1-2", 1, 3), ("5-", 5, len(data)), ("-7", len(data) - 7, len(data))):
         head, body = await ask_once(world, "GET", f"/bucket/{which}", Range=f"bytes={text}")

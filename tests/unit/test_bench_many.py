@@ -77,7 +77,7 @@ async def test_it_ends_before_the_file_system_is_full(monkeypatch: pytest.Monkey
 
 
 class Answers:
-    """A connection that refuses as often as it is told."""
+    """A connection that gives these refusals first, the last one first."""
 
     def __init__(self, *refusals: str) -> None:
         self._refusals = list(refusals)

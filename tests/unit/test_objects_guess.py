@@ -101,7 +101,7 @@ async def test_a_slow_fragment_is_waited_for_after_the_record() -> None:
 
 @pytest.mark.parametrize("when", ["before the read", "while it reads"])
 @pytest.mark.parametrize("change", ["another body", "deleted", "the same body again"])
-async def test_what_another_gateway_changed_is_told_and_old_fragments_are_no_damage(change: str, when: str) -> None:
+async def test_a_change_of_another_gateway_is_seen_and_old_fragments_are_no_damage(change: str, when: str) -> None:
     rig, data, newer = Rig(), os.urandom(SIZE), os.urandom(SIZE)
     await put(rig.other, rig.bucket, data)
     for _ in range(2):
@@ -186,7 +186,7 @@ async def test_while_replicas_do_not_agree_at_once_one_guess_is_made() -> None:
     await rig.close()
 
 
-async def test_a_read_of_the_record_that_fails_as_nobody_foresaw_keeps_nothing_of_its_guess() -> None:
+async def test_a_read_of_the_record_that_raises_keeps_nothing_of_its_guess() -> None:
     rig = Rig()
     await put(rig.other, rig.bucket, os.urandom(SIZE))
     await rig.whole()
