@@ -257,7 +257,7 @@ class PageQuery(NamedTuple):
 
     ``settling_nonce`` is the fence's: rows of a fenced scope settle only with it. ``after_fence``: only replicas that
     hold this fence count, for the scan that decides whether a bucket being deleted is empty. All that answer have to
-    agree on a key, or it is settled: one replica that lies and one that lags are no proof.
+    agree on a key that one of them shows, or it is settled: one replica that lies and one that lags are no proof.
     """
 
     table: int

@@ -262,6 +262,30 @@ async def test_after_a_fence_replicas_that_are_away_or_agree_cost_nothing() -> N
     assert ring.settled == []
 
 
+@pytest.mark.parametrize("had_missed", ["all", "deletes of what it lacks"])
+async def test_after_a_fence_deletes_that_a_replica_has_missed_are_not_settled_one_by_one(had_missed: str) -> None:
+    """A replica that was away lacks the rows of millions of keys that were written and deleted meanwhile."""
+    ring = Ring()
+    lagging, *others = ring.replicas_of(name_of(b"a"))
+    for number in range(100):
+        name = name_of(b"k%04d" % number)
+        for disk in others:
+            await ring.put(disk, name, value_of(3, Visibility.TOMBSTONE), 3)
+        if had_missed != "all":
+            await ring.put(lagging, name, value_of(1, Visibility.TOMBSTONE), 1)
+    page = await ring.scanner.list_page(AFTER_FENCE)
+    assert (page.rows, page.next_after, ring.settled) == ((), None, [])
+
+
+async def test_after_a_fence_a_damaged_row_of_one_replica_is_settled() -> None:
+    ring = Ring()
+    name = name_of(b"a")
+    await ring.put_everywhere(name, Visibility.TOMBSTONE)
+    ring.stores[ring.replicas_of(name)[2]].damage(name)
+    assert keys_of(await ring.scanner.list_page(AFTER_FENCE)) == []
+    assert ring.settled == [name]
+
+
 async def test_after_a_fence_a_replica_that_is_slow_is_waited_for() -> None:
     ring = Ring(hedge_s=0.001)
     name = name_of(b"a")

@@ -111,8 +111,8 @@ def _agreed(view: View, rows: Mapping[str, ScanRow]) -> tuple[bytes, Value | Non
 
 
 def settle_by_majority(query: Query, feed: Feed, answers: Answers) -> Settlement:
-    """Settles keys by majority: one value at one ballot, or absent. After a fence all answers have to agree. Raises
-    ServiceUnavailable for rows that can't be decoded.
+    """Settles keys by majority: one value at one ballot, or absent. After a fence all answers have to agree on a key
+    of which one of them may have an object. Raises ServiceUnavailable for rows that can't be decoded.
     """
     through, done = common_end(answers.values())
     decoded = {disk: decoded_rows(answer) for disk, answer in answers.items()}
@@ -124,13 +124,18 @@ def settle_by_majority(query: Query, feed: Feed, answers: Answers) -> Settlement
             continue  # not all of the answers have looked this far into the common prefix
         settled = _agreed(feed.view, rows)
         values[key] = None
-        if query.after_fence and _differ(answers, rows):
+        if query.after_fence and _may_show(query, rows) and _differ(answers, rows):
             doubtful.append(key)
         elif settled is not None:
             values[key] = settled[1]
         elif not feed.quorum.met(answers.keys() - rows.keys()):
             doubtful.append(key)
     return Settlement(values, doubtful, horizons, through, done)
+
+
+def _may_show(query: Query, rows: Mapping[str, ScanRow]) -> bool:
+    """Whether one of the rows is visible, or damaged. A replica that was away may lack millions of tombstones."""
+    return any(not row.ballot or row.visibility >= query.visible for row in rows.values())
 
 
 def _differ(answers: Answers, rows: Mapping[str, ScanRow]) -> bool:

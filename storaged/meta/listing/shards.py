@@ -10,8 +10,8 @@ Theory of operation
     object that the next GET denies.
 
     Whether a bucket that is being deleted is empty, two replicas of three must not decide: one may lie and the other
-    lag, while the third one has an object. So after a fence all replicas are asked, and each key on which those that
-    answer do not agree is settled through its register.
+    lag, while the third one has an object. So after a fence all replicas are asked, and each key of which one has an
+    object, while those that answer do not agree, is settled through its register.
 
     Settled pieces of heads are cached (``meta.listing.cache``), and asked for again with their digest: the supplier
     sends rows only when its own digest differs, and the same majority has to confirm the digest in this very request.
