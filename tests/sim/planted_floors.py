@@ -311,8 +311,8 @@ FLOOR_BUGS = (
         "a second commit of a body names the places from before the first one moved its block",
         1,
         path="storaged/objects/write/commit.py",
-        old="    entry = announced if (announced := writer.entry()) != entry else entry",
-        new="    entry = entry",
+        old="    entry = writer.entry()  # a former",
+        new="    entry = sealed.entry  # a former",
         tests="tests/unit/test_objects_versions.py",
         why="the play imitates the writer, and moves no blocks",
     ),
@@ -321,8 +321,8 @@ FLOOR_BUGS = (
         "a gateway takes the grounds of a create when the fragments are on their disks",
         1,
         path="storaged/objects/write/commit.py",
-        old="        if grounds is not None:\n            durable = await writer.durable_unasked()\n",
-        new="        if grounds is not None:\n            durable = await writer.durable_unasked()\n"
+        old="        if grounds is not None:\n            entry = await writer.durable_unasked()\n",
+        new="        if grounds is not None:\n            entry = await writer.durable_unasked()\n"
         "            grounds = plane.registers.grounds(name) or grounds\n",
         tests="tests/unit/test_objects_writer.py",
         why="the play imitates the writer",

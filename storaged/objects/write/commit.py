@@ -85,12 +85,11 @@ async def commit(
             )
         count_put(plane, sealed)
         return outcome, entry
-    entry = announced if (announced := writer.entry()) != entry else entry  # a former commit may have moved blocks
+    entry = writer.entry()  # a former commit may have moved blocks
     if regardless and after_promise is None and writer.held is not None:
         grounds = plane.registers.grounds(name)
         if grounds is not None:
-            durable = await writer.durable_unasked()
-            entry = durable if durable != entry else entry  # the update knows its own
+            entry = await writer.durable_unasked()
             unasked = Unasked(grounds, update(None, entry))
     while True:
         bound = partial(_with_entry, update, entry)

@@ -280,7 +280,7 @@ class Replacement:
         conditions = write.new.conditions
         if conditions != NO_WRITE_CONDITIONS:
             check_write(conditions, current_of(write.place, self._found, self.keys, conditions))
-        if entry is None or entry is sealed.entry:
+        if entry is None or entry == sealed.entry:
             return self._change
         return record_change(ObjectRecord((msgspec.structs.replace(self._version, parts=(entry,)),)))
 
