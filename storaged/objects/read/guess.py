@@ -27,7 +27,7 @@ from storaged.objects.records import BucketRecord
 from storaged.units import MIB
 
 HELD_BYTES_MAX = 3 * MIB
-"""Larger objects have more than one window."""
+"""Longer spans have more than one window."""
 
 OnOpen = Callable[[Exception | None], None]
 
