@@ -399,6 +399,17 @@ async def test_rows_of_any_replica_are_found_behind_very_many_deleted_keys() -> 
     assert found == [b"z"]
 
 
+async def test_rows_of_any_replica_wait_for_one_that_hangs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "PATIENCE_S", 0.5)
+    ring = Ring(examine_max=2)
+    await ring.fill([b"k%04d" % number for number in range(10)], shards=1)
+    ring.hung = {ring.replicas_of(name_of(b"k"))[0]}
+    began = asyncio.get_running_loop().time()
+    wanted = PageQuery(Table.OBJECT, BUCKET, range(1))
+    assert len([row async for row in ring.scanner.rows_anywhere(wanted, everyone=False)]) == 10
+    assert 0.5 <= asyncio.get_running_loop().time() - began < 1.0, "five slices or more"
+
+
 @pytest.mark.parametrize("visibility", [Visibility.LIVE, Visibility.TOMBSTONE])
 async def test_a_replica_that_names_rows_without_end_is_not_read_without_end(
     monkeypatch: pytest.MonkeyPatch, visibility: Visibility

@@ -43,7 +43,7 @@ ROUND_BYTES_MAX = 2 * MIB
 
 ROUNDS_MAX = 64
 """Of ``rows_anywhere``, those in which a replica has rows: one that lies could name rows without end."""
-EMPTY_ROUNDS_MAX = 8_192
+EMPTY_ROUNDS_MAX = 1_024
 """Of ``rows_anywhere``, all others. In each of them replicas look at 8,192 rows of deleted keys. A bucket that was
 emptied has millions of such rows in a shard, for a day.
 """
@@ -219,6 +219,7 @@ async def rows_anywhere(
         silent = set(feed.disks) - set(answers)
         if silent and everyone:
             raise ServiceUnavailable(f"Disk {min(silent)} does not say which rows it has.")
+        patience_s = None if silent else patience_s  # one that hangs is waited for once
         rows = {disk: rows_after(feed.through, answer) for disk, answer in answers.items()}
         through, done = common_end(answers.values())
         found = reported(rows, through, done)
