@@ -29,6 +29,7 @@ from storaged.meta.storage.small_copies import LoadCopy, PlainCopies, SmallCopyC
 from storaged.meta.store_ports import Copy, Kept, StoreBatch
 from storaged.node.admission import WAITING
 from storaged.node.disk_watch import DiskWatch, log_change, probe, watch_health
+from storaged.units import KIB
 from storaged.wire import Buffer, decode
 
 log = structlog.get_logger("disks")
@@ -78,9 +79,16 @@ class LocalDisk:
         await self.meta.close()
 
 
+LOGGED_BYTES_MAX = 65 * KIB
+"""Larger copies are not written to the redo log first: their bytes would go to the disk twice. Those of a round that
+settles are, up to a MiB, since a full disk takes them only there.
+"""
+
+
 class DiskCopies(PlainCopies):
-    """Small copies beside the records that name them. They are in one group of the metadata store's redo log until the
-    fragment store has them.
+    """Copies beside the records that name them. Up to ``LOGGED_BYTES_MAX`` both are in one group of the metadata
+    store's redo log until the fragment store has the copy. A larger one is synced in its segment before the record goes
+    to the log.
     """
 
     def __init__(self, meta: LmdbMetaStore, fragments: LocalFragmentStore, cache: SmallCopyCache | None = None) -> None:
@@ -96,6 +104,9 @@ class DiskCopies(PlainCopies):
     def keep(
         self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, on_done: Kept, *, settling: bool = False
     ) -> None:
+        if sum(map(len, body)) > (COPY_BYTES_MAX if settling else LOGGED_BYTES_MAX):
+            super().keep(header, [_own(piece) for piece in body], batch, on_done)
+            return
         try:
             record = self._records.pack(batch, partial(on_done, None))
         except StoragedError as error:
@@ -109,9 +120,6 @@ class DiskCopies(PlainCopies):
             refusal = error
         if refusal is not None:
             on_done(refusal, None)
-        elif write.payload_bytes > COPY_BYTES_MAX:  # the redo log takes no group so large
-            self._fragments.withdraw(write)
-            super().keep(header, body, batch, on_done)
         else:
             record.copy, record.copy_write = (header, body), write
             record.size += len(header) + write.payload_bytes

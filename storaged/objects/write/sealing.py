@@ -23,14 +23,16 @@ from storaged.fragments.ports import FragmentHeader, encode_copies
 from storaged.hashes import fragment_hash
 from storaged.meta.ports import SmallCopies
 from storaged.objects.api import Body, BodyChecks
-from storaged.objects.code.seal import seal_part
+from storaged.objects.cache.buffers import Transfer
+from storaged.objects.code.place import CopyPlan
+from storaged.objects.code.seal import PartSealer, seal_part
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import PartEntry
-from storaged.objects.write.blocks import NewPart, OnPlain
+from storaged.objects.write.blocks import INLINE_BYTES_MAX, NewPart, OnPlain
 from storaged.objects.write.body import BodyReader, whole_of
 from storaged.objects.write.checksums import BodyDigest, Digest, digest_of
 from storaged.objects.write.writer import PartWriter
-from storaged.sov1 import SALT_BYTES, TAG_BYTES, chunk_count
+from storaged.sov1 import CHUNK_BYTES_MAX, SALT_BYTES, TAG_BYTES, chunk_count, chunks_size
 from storaged.wire import Buffer
 
 
@@ -64,17 +66,18 @@ async def sealed_body(plane: ObjectPlane, part: NewPart, body: Body, checks: Bod
     bytes_max = limits.part_bytes_max if part.number else limits.put_bytes_max
     if checks.size is not None and checks.size > bytes_max:
         raise EntityTooLarge(MaxSizeAllowed=str(bytes_max), ProposedSize=str(checks.size))
-    small_max = limits.inline_sealed_bytes_max - TAG_BYTES if part.number else plane.small_bytes_in(part.bucket)
+    copied_max = limits.inline_sealed_bytes_max - TAG_BYTES if part.number else plane.small_bytes_in(part.bucket)
+    whole_max = min(copied_max, INLINE_BYTES_MAX)
     plain: Buffer | None = None
     source: Source | None = None
-    if checks.size is not None and checks.size <= small_max:
+    if checks.size is not None and checks.size <= whole_max:
         with trace.span("receive"):
             plain = await whole_of(body, checks.size)
     else:
         reader, digest = BodyReader(body, bytes_max), BodyDigest(checks)
         source = Source(reader, checks.size, digest.update, digest.finish)
         if checks.size is None:
-            plain = await _read_small(reader, small_max)
+            plain = await _read_small(reader, whole_max)
     if plain is not None:
         with trace.span("digest"):
             found = digest_of(plain, checks)
@@ -85,7 +88,8 @@ async def sealed_body(plane: ObjectPlane, part: NewPart, body: Body, checks: Bod
             return
         source = Source(BodyReader(_once(plain), found.size), found.size, lambda _plain: None, lambda: found)
     assert source is not None
-    async with _coded(plane, part, source) as sealed:
+    plan = _plan_of(plane, part) if checks.size is not None and whole_max < checks.size <= copied_max else None
+    async with _coded(plane, part, source) if plan is None else _copied(plane, part, source, plan) as sealed:
         yield sealed
 
 
@@ -113,6 +117,33 @@ async def _coded(plane: ObjectPlane, part: NewPart, source: Source) -> AsyncIter
             raise
 
 
+@contextlib.asynccontextmanager
+async def _copied(plane: ObjectPlane, part: NewPart, source: Source, plan: CopyPlan) -> AsyncIterator[Sealed]:
+    """A body of known size, sealed for copies: in a thread, and in memory of the pools, as a block."""
+    assert source.size is not None
+    sealer = PartSealer(part.dek, part.data_id, part.sealed_number, CHUNK_BYTES_MAX, plane.entropy(SALT_BYTES))
+    with Transfer(plane.fill_buffers), Transfer(plane.put_buffers), contextlib.ExitStack() as leases:
+        filling = await plane.fill_buffers.lease(source.size + 1)
+        leases.callback(filling.release)
+        with trace.span("receive"):
+            count = await source.reader.fill(filling.view[: source.size + 1])
+        lease = await plane.put_buffers.lease(chunks_size(count, CHUNK_BYTES_MAX))
+        leases.callback(lease.release)
+
+        def work() -> tuple[memoryview, bytes]:
+            plain = filling.view[:count]
+            with trace.span_of(span, "digest"):
+                source.update(plain)
+            with trace.span_of(span, "seal"):
+                sealed = lease.view[: sealer.seal_block(0, plain, lease.view, last=True)]
+            return sealed, fragment_hash((sealed,))
+
+        span = trace.current()
+        sealed, copy_hash = await plane.in_thread(work)
+        filling.release()
+        yield copies_of(plane, part, plan, source.finish(), sealer.header, sealed, copy_hash)
+
+
 async def _once(plain: Buffer) -> AsyncIterator[Buffer]:
     yield plain
 
@@ -122,33 +153,43 @@ def seal_small(plane: ObjectPlane, part: NewPart, plain: Buffer, digest: Digest)
     few of the register's disks can take copies now, or the layout trusts no operator alone, so that none may have a
     whole copy.
     """
-    layout = plane.layouts.current
-    if layout.spreads:
+    dek, data_id, number, target = part.dek, part.data_id, part.sealed_number, plane.layouts.current.target_text
+    inline = len(plain) + TAG_BYTES <= plane.limits.inline_sealed_bytes_max
+    plan = None
+    if plane.layouts.current.spreads or (not inline and (plan := _plan_of(plane, part)) is None):
         return None
-    bucket, name, dek, data_id = part[:4]
-    number = part.sealed_number
-    target, inline = layout.target_text, len(plain) + TAG_BYTES <= plane.limits.inline_sealed_bytes_max
-    if not inline:
-        if plane.versioning(bucket):
-            return None  # only the null version of a bucket without versioning has copies (``code.history``)
-        plan = plane.copy_plan(name)
-        if not plan.enough(frozenset(filter(plane.liveness.disk_writable, plan.state.disks))):
-            return None
     header, sealed = seal_part(dek, data_id, number, plain, plane.entropy(SALT_BYTES))
-    if inline:
+    if plan is None:
         return Sealed(PartEntry(number, data_id, digest.size, header, 1, target, (), sealed), digest)
-    copy_hash = fragment_hash((sealed,))
+    return copies_of(plane, part, plan, digest, header, sealed, fragment_hash((sealed,)))
+
+
+def _plan_of(plane: ObjectPlane, part: NewPart) -> CopyPlan | None:
+    """Where an object's copies go. None: too few of the register's disks can take copies now, or the layout trusts no
+    operator alone, so that none may have a whole copy.
+    """
+    if plane.layouts.current.spreads or plane.versioning(part.bucket):
+        return None  # only the null version of a bucket without versioning has copies (``code.history``)
+    plan = plane.copy_plan(part.name)
+    return plan if plan.enough(frozenset(filter(plane.liveness.disk_writable, plan.state.disks))) else None
+
+
+def copies_of(
+    plane: ObjectPlane, part: NewPart, plan: CopyPlan, digest: Digest, header: bytes, sealed: Buffer, copy_hash: bytes
+) -> Sealed:
+    """The sealed body as whole copies beside the register. ``header``: of its stream. ``copy_hash``: of its bytes."""
+    data_id, number, cell_bytes = part.data_id, part.sealed_number, 1 << header[5]
     copy = FragmentHeader(
         data_id + plan.id_tail,
-        name.pack(),
+        part.name.pack(),
         b"",
         (copy_hash,),
-        1 << header[5],
+        cell_bytes,
         len(sealed),
         plane.clock.wall_ms(),
     )
     payload = [sealed]
     fragments = [(encoded, payload) for encoded in encode_copies(copy, plan.copies)]
-    cells = chunk_count(digest.size, 1 << header[5])
+    cells, target = chunk_count(digest.size, cell_bytes), plane.layouts.current.target_text
     entry = PartEntry(number, data_id, digest.size, header, cells, target, plan.runs, b"", True, copy_hash)
     return Sealed(entry, digest, SmallCopies(data_id, fragments, plan.enough))
