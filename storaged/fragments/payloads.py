@@ -45,11 +45,13 @@ class Loaded(NamedTuple):
     payload: memoryview
 
 
-def copy_write(header: bytes, payload: Sequence[Buffer]) -> Write:
-    """What the log appends for a copy with this encoded FragmentHeader. Raises PeerRefused (BAD_FRAGMENT)."""
+def copy_write(header: bytes, payload: Sequence[Buffer], check: bytes = b"") -> Write:
+    """What the log appends for a copy with this encoded FragmentHeader. ``check``: as of ``FragmentStore.write``.
+    Raises PeerRefused (BAD_FRAGMENT).
+    """
     parsed = _parse(header)
     usual = len(header) <= HEADER_BYTES_MAX and header[ID_AT : ID_AT + KEY_BYTES] == parsed.id
-    return Write.of(parsed, payload, header if usual else b"")
+    return Write.of(parsed, payload, header if usual else b"", check)
 
 
 def header_at_position(header: bytes, position: int) -> bytes:
@@ -72,12 +74,12 @@ class Payloads:
     def __init__(self, store: CopyStore) -> None:
         self._store = store
 
-    async def store_payload(self, header: bytes, payload: Sequence[Buffer] | Buffer) -> None:
-        """Writes and syncs the copy with this encoded FragmentHeader. Raises PeerRefused (BAD_FRAGMENT), DiskUnusable,
+    async def store_payload(self, header: bytes, payload: Sequence[Buffer] | Buffer, check: bytes = b"") -> None:
+        """Writes and syncs the copy with this encoded FragmentHeader. ``check``: as of ``FragmentStore.write``. Raises PeerRefused (BAD_FRAGMENT), DiskUnusable,
         FragmentDamaged.
         """
         pieces = [payload] if isinstance(payload, bytes | bytearray | memoryview) else payload
-        await self._store.write(_parse(header), pieces, sync=True)
+        await self._store.write(_parse(header), pieces, sync=True, check=check)
 
     def holds_payload(self, data_id: bytes, was_durable: bool) -> bool:
         """See ``CopyStore.holds_copy``."""

@@ -68,7 +68,8 @@ class SmallCopies(Struct, frozen=True):
     ``fragments`` has (encoded fragment header, payload) for each position of a replica (0, 1, 2), not for each replica:
     ``quorums.View`` has the positions. They are built by ``fragments.format``, opaque here. ``enough`` judges the ids
     of the disks that have synced their copy (the acknowledge rule): ``change`` succeeds only when it holds, besides the
-    majority.
+    majority. ``check``: the payload's ``hashes.transfer_checksum``, made with the hash in the headers. Replicas compare
+    it in place of the hash.
 
     A replica that can't store its copy accepts nothing, so the copies of a record are on a majority of its replicas
     from the moment that it is chosen. A settling round that finds a record which no majority has confirmed yet carries
@@ -80,6 +81,7 @@ class SmallCopies(Struct, frozen=True):
     data_id: bytes
     fragments: Sequence[tuple[bytes, Sequence[Buffer]]]
     enough: Callable[[frozenset[str]], bool]
+    check: bytes = b""
 
 
 class Grounds(NamedTuple):

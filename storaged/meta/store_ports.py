@@ -86,11 +86,19 @@ class Copies(Protocol):
     """The small copies of one replica's disk."""
 
     def keep(
-        self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, done: Kept, *, settling: bool = False
+        self,
+        header: bytes,
+        body: Sequence[Buffer],
+        batch: StoreBatch,
+        done: Kept,
+        *,
+        settling: bool = False,
+        check: bytes = b"",
     ) -> None:
         """Commits the batch to the replica's store and makes the copy durable, with it or before; then calls ``done``
         on the event loop. ``settling``: of a round that only settles. A full disk takes its copies too, for a while:
-        else a key whose record is not confirmed could not be read until there is room.
+        else a key whose record is not confirmed could not be read until there is room. ``check``: as in
+        ``ports.SmallCopies``.
         """
 
     def holds(self, data_id: bytes, *, was_durable: bool) -> bool:

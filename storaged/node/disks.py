@@ -102,10 +102,17 @@ class DiskCopies(PlainCopies):
         meta.hooks.sync_copies = fragments.sync_apart
 
     def keep(
-        self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, on_done: Kept, *, settling: bool = False
+        self,
+        header: bytes,
+        body: Sequence[Buffer],
+        batch: StoreBatch,
+        on_done: Kept,
+        *,
+        settling: bool = False,
+        check: bytes = b"",
     ) -> None:
         if sum(map(len, body)) > (COPY_BYTES_MAX if settling else LOGGED_BYTES_MAX):
-            super().keep(header, [_own(piece) for piece in body], batch, on_done)
+            super().keep(header, body, batch, on_done, check=check)
             return
         try:
             record = self._records.pack(batch, partial(on_done, None))
@@ -114,7 +121,7 @@ class DiskCopies(PlainCopies):
             return
         body = [_own(piece) for piece in body]
         try:
-            write = copy_write(header, body)
+            write = copy_write(header, body, check)
             refusal = self._fragments.admit(write, into_reserve=settling)
         except StoragedError as error:
             refusal = error

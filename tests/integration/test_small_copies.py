@@ -82,7 +82,7 @@ class PlainDisk:
     async def _sync(self) -> None:
         await self._open.wait()
 
-    async def _store(self, header: bytes, body: Sequence[Buffer]) -> None:
+    async def _store(self, header: bytes, body: Sequence[Buffer], _check: bytes) -> None:
         if self._full:
             raise DiskUnusable("the disk is full")
         self._held[header] = memoryview(b"".join(body))
@@ -624,7 +624,7 @@ async def test_a_copy_is_read_from_its_disk_once_for_all_disks_of_a_node(tmp_pat
         asked.append(data_id)
         return memoryview(b"sealed") if data_id == b"D" * 16 else None
 
-    async def store(header: bytes, body: Sequence[Buffer]) -> None: ...
+    async def store(header: bytes, body: Sequence[Buffer], _check: bytes) -> None: ...
 
     async def load(data_id: bytes) -> Copy | None:
         return None

@@ -223,7 +223,7 @@ class MemoryDisk:
     def copies(self, life: int, node: StorageNode) -> PlainCopies:
         """For one life of the process. Now and then the disk takes no copy: it is full."""
 
-        async def store(header: bytes, body: Sequence[Buffer]) -> None:
+        async def store(header: bytes, body: Sequence[Buffer], _check: bytes) -> None:
             content = b"".join(bytes(piece) for piece in body)
             full = self.world.random.random() < self.world.weather.full
             await self.world_sync()

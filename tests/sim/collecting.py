@@ -69,7 +69,7 @@ class CopyDisk(MemoryDisk):
         self.fragments = MemoryFragmentStore()
 
     def copies(self, life: int, node: StorageNode) -> PlainCopies:
-        async def store(header: bytes, body: Sequence[Buffer]) -> None:
+        async def store(header: bytes, body: Sequence[Buffer], _check: bytes) -> None:
             await self.world_sync()
             if node.life != life or not node.up:
                 raise DiskUnusable("the process died")

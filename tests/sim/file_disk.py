@@ -212,7 +212,7 @@ class LoggedCopies(PlainCopies):
     """
 
     def __init__(self, disk: FileDisk) -> None:
-        async def store(_header: bytes, _body: Sequence[Buffer]) -> None:
+        async def store(_header: bytes, _body: Sequence[Buffer], _check: bytes) -> None:
             raise AssertionError("copies go to the log")
 
         super().__init__(disk.store, store, disk.payloads.load, holds=disk.payloads.holds)
@@ -221,7 +221,14 @@ class LoggedCopies(PlainCopies):
         disk.store.hooks.sync_copies = disk.sync_copies
 
     def keep(
-        self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, on_done: Kept, *, settling: bool = False
+        self,
+        header: bytes,
+        body: Sequence[Buffer],
+        batch: StoreBatch,
+        on_done: Kept,
+        *,
+        settling: bool = False,
+        check: bytes = b"",
     ) -> None:
         disk = self._disk
         try:

@@ -317,7 +317,7 @@ class Host:
         self.answers: list[Any] = []
 
     def _copies(self, disk: str) -> PlainCopies:
-        async def keep(header: bytes, body: Sequence[Buffer]) -> None:
+        async def keep(header: bytes, body: Sequence[Buffer], _check: bytes) -> None:
             self.kept[disk][header] = b"".join(bytes(piece) for piece in body)
 
         async def load(_data_id: bytes) -> None:

@@ -153,7 +153,7 @@ class Ring:
     def _replica(self, disk: str) -> LocalReplica:
         copies = self.copies[disk]
 
-        async def store(header: bytes, body: Sequence[Buffer]) -> None:
+        async def store(header: bytes, body: Sequence[Buffer], _check: bytes) -> None:
             if disk in self.full:
                 raise DiskUnusable("full")
             copies[header] = b"".join(bytes(piece) for piece in body)

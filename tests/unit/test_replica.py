@@ -646,7 +646,7 @@ class Copies:
     def __init__(self) -> None:
         self.held: dict[bytes, bytes] = {}
 
-    async def store(self, header: bytes, body: Sequence[Buffer]) -> None:
+    async def store(self, header: bytes, body: Sequence[Buffer], _check: bytes) -> None:
         self.held[header] = b"".join(bytes(piece) for piece in body)
 
     async def load(self, data_id: bytes) -> Copy | None:

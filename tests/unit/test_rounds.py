@@ -122,7 +122,7 @@ class Here:
         }
 
     def _copies(self, disk: str, store: MemoryMetaStore) -> PlainCopies:
-        async def keep(header: bytes, body: Sequence[Buffer]) -> None:
+        async def keep(header: bytes, body: Sequence[Buffer], _check: bytes) -> None:
             self.kept[disk].append((header, b"".join(body)))
 
         async def load(_data_id: bytes) -> None:

@@ -311,7 +311,7 @@ class LocalReplica:
             self._answer_before_sync(batch, header, body, on_answer)
             return
         pending = PendingAccept(self, name, ballot, request.identity, batch, size, bool(header), on_answer)
-        self._write(pending, header, body)
+        self._write(pending, header, body, request.check)
 
     def _judge_accept(self, request: messages.Accept, copied: bool) -> tuple[Acceptor, Verdict]:
         name, ballot = request.name, request.ballot
@@ -327,7 +327,7 @@ class LocalReplica:
         acceptor = self._rows.acceptor(request.name, request.ballot.epoch)[1]
         return acceptor, judge_create(acceptor, request.ballot, value, nonce, identity, self._rules, copied=copied)
 
-    def _write(self, pending: PendingAccept, header: bytes, body: Sequence[Buffer]) -> None:
+    def _write(self, pending: PendingAccept, header: bytes, body: Sequence[Buffer], check: bytes) -> None:
         self._writes.bytes_in_flight += pending.size
         self.pending.by_name[pending.name] = pending
         try:
@@ -337,7 +337,8 @@ class LocalReplica:
                 pending.kept(DiskUnusable(f"Disk {self.disk} keeps no small copies."), None)
             else:
                 assert not pending.batch.meta, "a high-water ballot could overtake a higher one"
-                self._copies.keep(header, body, pending.batch, pending.kept, settling=pending.identity)
+                settling = pending.identity
+                self._copies.keep(header, body, pending.batch, pending.kept, settling=settling, check=check)
         except Exception as error:
             pending.stored(error)
 

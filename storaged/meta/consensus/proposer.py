@@ -126,7 +126,7 @@ class Proposer(Ending):
         self._creates = CreateRound(view, small)
         value = self.lineage.create(change, ballot, grounds.floor)
         self.outcome = Outcome(None, value)
-        self.request = Create("", self.name, ballot, value)
+        self.request = Create("", self.name, ballot, value, check=small.check if small is not None else b"")
         if small is not None:
             self.fragments = small.fragments
         self.turn += 1
@@ -466,7 +466,8 @@ class Proposer(Ending):
                 self._conclusion = Outcome(value if before is after else before, value)
         else:
             value = found if found is not None else NEVER
-        self.request = Accept("", self.name, self.ballot, value, self._wanted.nonce, change is None)
+        check = self._copies.check if self._copies is not None else b""
+        self.request = Accept("", self.name, self.ballot, value, self._wanted.nonce, change is None, check=check)
         self.fragments = fragments
         self.turn += 1
         attempt = value.operation if change is not None else b""

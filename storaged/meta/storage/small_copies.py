@@ -17,8 +17,8 @@ from storaged.wire import Buffer
 
 log = structlog.get_logger(__name__)
 
-StoreCopy = Callable[[bytes, Sequence[Buffer]], Awaitable[None]]
-"""``await store(header, payload)``: a fragment record, durable when it returns. Raises a StoragedError when the disk
+StoreCopy = Callable[[bytes, Sequence[Buffer], bytes], Awaitable[None]]
+"""``await store(header, payload, check)``: a fragment record, durable when it returns. Raises a StoragedError when the disk
 refused.
 """
 
@@ -117,19 +117,28 @@ class PlainCopies:
         return found
 
     def keep(
-        self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, on_done: Kept, *, settling: bool = False
+        self,
+        header: bytes,
+        body: Sequence[Buffer],
+        batch: StoreBatch,
+        on_done: Kept,
+        *,
+        settling: bool = False,
+        check: bytes = b"",
     ) -> None:
-        task = asyncio.get_running_loop().create_task(self._keep(header, body, batch, on_done))
+        task = asyncio.get_running_loop().create_task(self._keep(header, body, batch, on_done, check))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, on_done: Kept) -> None:
+    async def _keep(
+        self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, on_done: Kept, check: bytes
+    ) -> None:
         """Calls ``on_done`` whatever happens: the register waits for it."""
         refusal: StoragedError | None = None
         failure: StoragedError | None = None
         try:
             try:
-                await self._store(header, body)
+                await self._store(header, body, check)
             except StoragedError as error:
                 refusal = error
             else:

@@ -35,7 +35,7 @@ CALLS_MAX = 16_384
 
 # ``Fanout`` puts requests together from encoded pieces.
 assert Prepare.__struct_fields__[0] == Accept.__struct_fields__[0] == "disk"
-assert Accept.__struct_fields__[-1] == Create.__struct_fields__[-1] == "header"
+assert Accept.__struct_fields__[-2:] == Create.__struct_fields__[-2:] == ("header", "check")
 
 
 class TaskPool:
@@ -216,7 +216,7 @@ class Fanout:
         this returns. ``fragments``: an accept's (header, body) for each disk, by its index.
         """
         kind, replica_of = type(request), self._replicas.replica
-        first = tail = stem = b""
+        first = tail = stem = check = b""
         for disk, (header, body) in zip(disks, chain(fragments, repeat(NO_FRAGMENT)), strict=False):
             try:
                 replica: Any = replica_of(disk)
@@ -232,8 +232,9 @@ class Fanout:
                 if not first:
                     encoded = encode(request)
                     first, tail = encoded[:1], encoded[2:]  # the array's head, then the disk: an empty string here
-                    stem = tail[:-2]  # an accept's last field is its header, empty here
-                rest = stem + encode(header) if header else tail
+                    check = encode(request.check) if isinstance(request, Accept) else b""
+                    stem = tail[: -2 - len(check)]  # before an accept's check lies its header, empty here
+                rest = stem + encode(header) + check if header else tail
                 if try_encoded(kind, first, rest, on_reply, body, timeout_s):
                     continue
             changes = {"disk": disk, "header": header} if header else {"disk": disk}

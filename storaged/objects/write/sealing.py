@@ -20,7 +20,7 @@ from msgspec import Struct
 from storaged import trace
 from storaged.errors import EntityTooLarge
 from storaged.fragments.ports import FragmentHeader, encode_copies
-from storaged.hashes import fragment_hash
+from storaged.hashes import fragment_hash, transfer_checksum
 from storaged.meta.ports import SmallCopies
 from storaged.objects.api import Body, BodyChecks
 from storaged.objects.cache.buffers import Transfer
@@ -192,4 +192,4 @@ def copies_of(
     fragments = [(encoded, payload) for encoded in encode_copies(copy, plan.copies)]
     cells, target = chunk_count(digest.size, cell_bytes), plane.layouts.current.target_text
     entry = PartEntry(number, data_id, digest.size, header, cells, target, plan.runs, b"", True, copy_hash)
-    return Sealed(entry, digest, SmallCopies(data_id, fragments, plan.enough))
+    return Sealed(entry, digest, SmallCopies(data_id, fragments, plan.enough, transfer_checksum(payload)))
