@@ -30,7 +30,7 @@ def profile(directory: Path, profile: str, spread: str | None, dry_run: bool, as
     """Let the next layout ask for K data and M parity fragments, such as 4+2.
 
     When it is in force, new writes use it at once. Repair codes everything else again, after all other work, and keeps
-    the old fragments until the new ones are durable and the record names them. Small objects (up to 64 KiB) are whole
+    the old fragments until the new ones are durable and the record names them. Small objects (up to 256 KiB) are whole
     copies and stay as they are.
     """
     from storaged.cli import create as files
@@ -53,7 +53,7 @@ def profile(directory: Path, profile: str, spread: str | None, dry_run: bool, as
         said += f"\n  at most {after.target.operator_max} fragments of a block at one operator, and nothing degrades"
     if after.spreads and last is not None and not last[1].spreads:
         said += (
-            "\n  Gateways code the small objects (up to 64 KiB) that are there; `storaged status` counts what is left."
+            "\n  Gateways code the small objects (up to 256 KiB) that are there; `storaged status` counts what is left."
         )
         said += "\n  Those with a customer's key (SSE-C) stay whole copies until they are written again."
     if not dry_run:

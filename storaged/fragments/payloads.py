@@ -75,8 +75,8 @@ class Payloads:
         self._store = store
 
     async def store_payload(self, header: bytes, payload: Sequence[Buffer] | Buffer, check: bytes = b"") -> None:
-        """Writes and syncs the copy with this encoded FragmentHeader. ``check``: as of ``FragmentStore.write``. Raises PeerRefused (BAD_FRAGMENT), DiskUnusable,
-        FragmentDamaged.
+        """Writes and syncs the copy with this encoded FragmentHeader. ``check``: as of ``FragmentStore.write``.
+        Raises PeerRefused (BAD_FRAGMENT), DiskUnusable, FragmentDamaged.
         """
         pieces = [payload] if isinstance(payload, bytes | bytearray | memoryview) else payload
         await self._store.write(_parse(header), pieces, sync=True, check=check)

@@ -50,7 +50,7 @@ class Accept(Message, frozen=True):
 
     ``header``: the encoded header of a fragment record whose payload is the request's bulk body, the copy of the small
     object that the value names. The replica makes it durable with the value or before it. When it can't, or when no
-    copy comes along and it has none, it refuses the value (UNSTORED), also in a settling round. ``check``: of that copy,
+    copy comes along and it has none, it refuses the value (UNSTORED), also in a settling round. ``check``: of the copy,
     as in ``ports.SmallCopies``.
     """
 

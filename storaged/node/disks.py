@@ -81,7 +81,8 @@ class LocalDisk:
 
 LOGGED_BYTES_MAX = 65 * KIB
 """Larger copies are not written to the redo log first: their bytes would go to the disk twice. Those of a round that
-settles are, up to a MiB, since a full disk takes them only there.
+settles are, since a full disk takes them only there, unless the log takes no group so large. A body of 64 KiB is a
+little longer when it is sealed.
 """
 
 

@@ -35,9 +35,8 @@ client is gone), XAmzContentSHA256Mismatch, ...
 
 
 class WholeBody(Protocol):
-    """A Body that can also be read whole. ``put`` does so when the declared size is at most
-    ``ObjectLimits.small_bytes_max``, and then asks for no piece: such an object needs no generator and no copy, and one
-    pass.
+    """A Body that can also be read whole. ``put`` does so when the declared size is at most that of ``try_put``, and
+    then asks for no piece: such an object needs no generator and no copy, and one pass.
     """
 
     async def whole(self) -> Buffer:

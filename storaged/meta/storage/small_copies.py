@@ -18,8 +18,8 @@ from storaged.wire import Buffer
 log = structlog.get_logger(__name__)
 
 StoreCopy = Callable[[bytes, Sequence[Buffer], bytes], Awaitable[None]]
-"""``await store(header, payload, check)``: a fragment record, durable when it returns. Raises a StoragedError when the disk
-refused.
+"""``await store(header, payload, check)``: a fragment record, durable when it returns. Raises a StoragedError when the
+disk refused.
 """
 
 COPY_CACHE_BYTES_A_DISK, COPY_CACHE_BYTES_MAX = 8 * MIB, 64 * MIB

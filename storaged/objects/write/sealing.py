@@ -4,9 +4,11 @@
 * Up to ``small_bytes_max``, or less where the bucket has chosen so, it is kept as whole copies beside the register.
   They are written along with the accept. A part of an upload is never kept so.
 * A larger one, or one whose register has too few writable disks for copies, is coded and spread block by block
-  (``writer``).
+  (``writer``). So is one of more than ``INLINE_BYTES_MAX`` whose size is not known before it has arrived.
 
-In the first two forms nothing is on a disk yet when the body is sealed; the commit brings it there.
+In the first two forms nothing is on a disk yet when the body is sealed; the commit brings it there. A body of up to
+``INLINE_BYTES_MAX`` is read whole, digested and sealed on the event loop. Larger ones take memory of the pools, and a
+thread digests and seals them.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from storaged.wire import Buffer
 HASH_INLINE_BYTES_MAX = 64 * KIB
 """SHA-256 of this takes 32 us: less than going to a thread and back."""
 
-WHOLE_BYTES_MAX = 256 * KIB
+WHOLE_BYTES_MAX = 64 * KIB
 """As much as any body has that is read by ``whole``."""
 
 DIRECT_BYTES_MIN = 16 * KIB
