@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import pytest
 
 from storaged.clock import SystemClock
 from storaged.errors import DiskUnusable, SlowDown, StoragedError
 from storaged.fragments import deferred as deferred_module
 from storaged.fragments.payloads import COPY_BYTES_MAX
+from storaged.hashes import transfer_checksum
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
@@ -26,7 +28,9 @@ from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value,
 from storaged.meta.storage import checkpoint, write_queue
 from storaged.meta.storage.small_copies import ENTRY_BYTES, PlainCopies, SmallCopyCache
 from storaged.meta.store_ports import Copies, Copy, MetaStore, StoreBatch
-from storaged.node.disks import restore_copies
+from storaged.node import disks
+from storaged.node.disks import LOGGED_BYTES_MAX, restore_copies
+from storaged.units import KIB
 from storaged.wire import Buffer, encode
 from tests.doubles.files import SimulatedFile, SimulatedFiles
 from tests.doubles.meta_store import MemoryMetaStore
@@ -106,9 +110,12 @@ class PlainDisk:
         await self.meta.close()
 
 
-@pytest.fixture(params=["plain", "log"])
-async def disk(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Disk]:
+@pytest.fixture(params=["plain", "log", "segment"])
+async def disk(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Disk]:
+    """``segment``: a disk's log and LMDB, where each copy is synced in its segment before its record is written."""
     (tmp_path / "fragments").mkdir()
+    if request.param == "segment":
+        monkeypatch.setattr(disks, "LOGGED_BYTES_MAX", 0)
     opened: Disk = PlainDisk(tmp_path) if request.param == "plain" else await LogDisk.opened(tmp_path)
     yield opened
     await opened.close()
@@ -376,11 +383,10 @@ async def test_a_copy_for_which_the_stores_queue_has_no_room_is_refused_and_harm
     await disk.close()
 
 
-async def test_a_copy_larger_than_the_redo_log_takes_is_synced_where_it_belongs_before_its_record(
-    directory: Path,
-) -> None:
+@pytest.mark.parametrize("length", [LOGGED_BYTES_MAX + 1, 256 * KIB, COPY_BYTES_MAX + 1])
+async def test_a_larger_copy_is_synced_in_its_segment_before_its_record(directory: Path, length: int) -> None:
     disk = await LogDisk.opened(directory)
-    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small(COPY_BYTES_MAX + 1)
+    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small(length)
     await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
     disk.hold()
     accepting = asyncio.create_task(replica.accept(with_copy(ballot(10), copy), [copy.payload]))
@@ -388,10 +394,58 @@ async def test_a_copy_larger_than_the_redo_log_takes_is_synced_where_it_belongs_
         await disk.held.wait()
     assert disk.files is not None
     assert any(copy.payload in segment.durable for segment in disk.files.disks.values())
+    assert copy.payload not in (directory / "meta" / "redo").read_bytes()
     disk.go_on()
     assert (await accepting).copy_synced
     assert await payload_at(replica) == (copy.data_id, copy.payload)
     await disk.close()
+
+
+@pytest.mark.parametrize("record", [False, True])
+async def test_a_process_that_dies_after_a_larger_copy_is_synced_leaves_it_with_its_record_or_as_an_orphan(
+    directory: Path, record: bool
+) -> None:
+    disk = await LogDisk.opened(directory, simulated=False, reserve_bytes=1)
+    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small(LOGGED_BYTES_MAX + 1)
+    await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
+    disk.hold(written=record)
+    accepting = asyncio.create_task(replica.accept(with_copy(ballot(10), copy), [copy.payload]))
+    await disk.held.wait()
+    found = await died(disk, directory)
+    await accepting
+    assert [header.id[:16] async for header in found.fragments.scan()] == [copy.data_id]
+    returned = LocalReplica("d", found.meta, copies=found.copies)
+    if record:
+        assert await payload_at(returned) == (copy.data_id, copy.payload)
+    else:
+        assert found.meta.get(NAME) is None
+    await found.close()
+
+
+async def test_a_larger_copy_of_a_settling_round_goes_to_the_log_where_a_full_disk_has_room(directory: Path) -> None:
+    disk = await LogDisk.opened(directory, simulated=False, reserve_bytes=1)
+    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small(256 * KIB)
+    await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
+    disk.hold(written=True)
+    accepting = asyncio.create_task(replica.accept(with_copy(ballot(10), copy, identity=True), [copy.payload]))
+    await disk.held.wait()
+    assert not any(copy.payload in path.read_bytes() for path in (directory / "fragments" / "segments").iterdir())
+    found = await died(disk, directory)
+    await accepting
+    assert await payload_at(LocalReplica("d", found.meta, copies=found.copies)) == (copy.data_id, copy.payload)
+    await found.close()
+
+
+async def test_a_copy_that_its_gateway_has_hashed_is_compared_by_its_checksum(disk: Disk) -> None:
+    replica, copy, other = LocalReplica("d", disk.meta, copies=disk.copies), small(), small()
+    checked = with_copy(ballot(10), copy)
+    checked = msgspec.structs.replace(checked, check=transfer_checksum([copy.payload]))
+    if not isinstance(disk, PlainDisk):
+        damaged = await replica.accept(checked, [other.payload])
+        assert (damaged.verdict, damaged.copy_synced) == (Verdict.UNSTORED, False)
+        assert disk.meta.get(NAME) is None
+    assert (await replica.accept(checked, [copy.payload])).copy_synced
+    assert await payload_at(replica) == (copy.data_id, copy.payload)
 
 
 async def test_a_senders_buffer_that_is_used_again_changes_no_copy(directory: Path) -> None:

@@ -22,6 +22,7 @@ from storaged.meta.transport import accept_batching as accepts_module
 from storaged.meta.transport.accept_batching import (
     ACCEPTS_MAX,
     ALONE_MAX,
+    COPY_BYTES_MAX,
     ENCODED_BYTES_MAX,
     TOGETHER_MAX,
     AcceptBatcher,
@@ -167,6 +168,19 @@ async def test_the_first_of_a_long_turn_leave_before_it_ends() -> None:
     assert [len(decode(head, Accepts).accepts) for _method, head, _body, _then in asking.wire.sent] == [
         TOGETHER_MAX
     ] * 2 + [1]
+
+
+async def test_a_large_copy_goes_by_itself_and_is_not_joined_with_others() -> None:
+    asking = Asking()
+    asking.fill()
+    asking.ask(1, copy=bytes(COPY_BYTES_MAX))
+    asking.ask(2, copy=bytes(COPY_BYTES_MAX + 1))
+    [(method, head, body, _then)] = asking.wire.sent
+    assert (method, decode(head, Accept).name, len(body)) == ("meta.accept", name_of(2), COPY_BYTES_MAX + 1)
+    await turn()
+    assert [(method, len(body)) for method, _head, body, _then in asking.wire.sent[1:]] == [
+        ("meta.accepts", COPY_BYTES_MAX)
+    ]
 
 
 async def test_prepares_go_by_themselves() -> None:

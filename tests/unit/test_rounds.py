@@ -12,7 +12,7 @@ import pytest
 from storaged.cluster.ports import EncodedCall, OnReply
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
-from storaged.meta.messages import Accept, AcceptReply, Prepare, Read
+from storaged.meta.messages import Accept, AcceptReply, Create, Prepare, Read
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Replica
 from storaged.meta.storage.small_copies import PlainCopies
@@ -91,6 +91,8 @@ class Directory:
         (Accept("", NAME, BALLOT, VALUE, b"nonce", True), "meta.accept", ()),
         (Accept("", NAME, BALLOT, VALUE), "meta.accept", (b"h", b"i" * 100, b"j" * 300)),
         (Accept("", NAME, BALLOT, VALUE, b"nonce", True), "meta.accept", (b"h", b"", b"j" * 70_000)),
+        (Accept("", NAME, BALLOT, VALUE, check=b"c" * 8), "meta.accept", (b"h", b"i" * 100, b"j" * 300)),
+        (Create("", NAME, BALLOT, VALUE, check=b"c" * 8), "meta.create", (b"h", b"i", b"")),
         (Read("", NAME, 7), "meta.read", ()),
         (Read("", NAME, 7, False, True, b"d" * 16), "meta.read", ()),
     ],
