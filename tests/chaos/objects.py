@@ -91,7 +91,7 @@ class Objects:
     @property
     def coded(self) -> list[str]:
         """Keys of objects that have fragments."""
-        return [key for key in self.keys if self.size(key) > 64 * KIB]
+        return [key for key in self.keys if self.size(key) > 256 * KIB]
 
     def write(self) -> None:
         self._for_each(lambda client, key: client.put_object(Bucket=self._bucket, Key=key, Body=self.body(key)))

@@ -160,7 +160,10 @@ def flip_bits(
     client = cluster.boto3(attempts=3)
     bucket = f"flip-{seed}"
     client.create_bucket(Bucket=bucket)
-    bodies = {f"o{i:02d}": source.randbytes(source.choice([3000, 14_000, 200_000, 5_000_000])) for i in range(objects)}
+    bodies = {
+        f"o{i:02d}": source.randbytes(source.choice([3000, 14_000, 200_000, 400_000, 5_000_000]))
+        for i in range(objects)
+    }
     for key, body in bodies.items():
         client.put_object(Bucket=bucket, Key=key, Body=body)
     outcome = FlipOutcome()

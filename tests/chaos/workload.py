@@ -38,7 +38,7 @@ from botocore.exceptions import (
 )
 
 KIB, MIB = 1024, 1024 * 1024
-SIZES = ((0.15, 200), (0.45, 4 * KIB), (0.65, 15 * KIB), (0.97, 150 * KIB), (1.0, 4 * MIB + 17))
+SIZES = ((0.15, 200), (0.45, 4 * KIB), (0.65, 15 * KIB), (0.8, 150 * KIB), (0.97, 300 * KIB), (1.0, 4 * MIB + 17))
 """(cumulative share, bytes): tiny in the record, small copies, one block, two blocks. Large ones are few: what was
 overwritten is deleted an hour later, and a long run fills the disk.
 """

@@ -121,7 +121,7 @@ def test_the_profile_of_a_cluster_in_use_changes_twice(reprofiled: Reprofiled) -
     workload = Workload(servers.boto3, "demo", workers=2, attempts=ATTEMPTS, think_s=THINK_S)
     workload.start()
     reprofiled.set_profile("2+1")
-    reprofiled.bodies["new"] = b"n" * 100_000
+    reprofiled.bodies["new"] = b"n" * 300_000
     servers.boto3(attempts=ATTEMPTS).put_object(Bucket="demo", Key="new", Body=reprofiled.bodies["new"])
     assert reprofiled.profiles("new") == {"2+1"}
     reprofiled.wait_recoded()

@@ -434,7 +434,7 @@ def test_a_profile_is_spread_over_operators(authority: Path, capsys: pytest.Capt
     call("cluster", "profile", str(authority), "4+2", "--spread", "operators")
     said = capsys.readouterr().out
     assert "at most 2 fragments of a block at one operator" in said
-    assert "Gateways code the small objects (up to 64 KiB) that are there" in said
+    assert "Gateways code the small objects (up to 256 KiB) that are there" in said
     assert "with a customer's key (SSE-C) stay whole copies" in said
     found = plan_of(authority, capsys)
     assert found["moves_data"]

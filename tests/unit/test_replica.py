@@ -700,7 +700,7 @@ async def test_a_fence_is_answered_after_an_accept_whose_copy_arrives_late() -> 
     copies, gate = Copies(), asyncio.Event()
     store = copies.store
 
-    async def late(header: bytes, body: Sequence[Buffer]) -> None:
+    async def late(header: bytes, body: Sequence[Buffer], _check: bytes) -> None:
         await gate.wait()
         await store(header, body)
 
@@ -725,7 +725,7 @@ async def test_a_scan_that_counts_on_a_fence_is_answered_when_all_that_was_judge
     copies, gate = Copies(), asyncio.Event()
     store = copies.store
 
-    async def late(header: bytes, body: Sequence[Buffer]) -> None:
+    async def late(header: bytes, body: Sequence[Buffer], _check: bytes) -> None:
         await gate.wait()
         await store(header, body)
 
@@ -762,7 +762,7 @@ async def test_a_scan_that_counts_on_a_fence_is_answered_when_all_that_was_judge
 async def test_a_fence_whose_caller_went_away_before_all_had_arrived_does_not_answer_scans() -> None:
     copies, gate = Copies(), asyncio.Event()
 
-    async def late(header: bytes, body: Sequence[Buffer]) -> None:
+    async def late(header: bytes, body: Sequence[Buffer], _check: bytes) -> None:
         await gate.wait()
 
     copies.store = late  # type: ignore[method-assign]
@@ -791,7 +791,7 @@ async def test_an_older_fence_that_is_answered_does_not_stand_for_a_newer_one() 
     copies = Copies()
     gates = {b"D1": asyncio.Event(), b"D2": asyncio.Event()}
 
-    async def late(header: bytes, body: Sequence[Buffer]) -> None:
+    async def late(header: bytes, body: Sequence[Buffer], _check: bytes) -> None:
         await gates[header].wait()
 
     copies.store = late  # type: ignore[method-assign]
@@ -826,7 +826,7 @@ async def test_an_older_fence_that_is_answered_does_not_stand_for_a_newer_one() 
 async def test_a_fence_that_comes_with_a_partition_answers_scans_when_all_before_it_has_arrived() -> None:
     copies, gate = Copies(), asyncio.Event()
 
-    async def late(header: bytes, body: Sequence[Buffer]) -> None:
+    async def late(header: bytes, body: Sequence[Buffer], _check: bytes) -> None:
         await gate.wait()
 
     copies.store = late  # type: ignore[method-assign]
