@@ -32,6 +32,7 @@ from benches.servers import (
     storaged_cluster,
     storaged_single,
 )
+from storaged.node.process import keep_memory
 
 CONNECTIONS_MAX = 4096
 
@@ -185,6 +186,7 @@ def one_server(make: Make, wanted: argparse.Namespace, found: dict[str, list[Res
 
 def main(arguments: list[str] | None = None) -> int:
     wanted = parse(arguments)
+    keep_memory()
     end_on_sigterm()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY or hard >= CONNECTIONS_MAX > soft:  # --flat opens a thousand connections

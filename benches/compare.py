@@ -26,6 +26,7 @@ from benches.report import is_large, line, speed
 from benches.rows import GROUPS, ROWS, Result, rows_of
 from benches.s3client import WrongAnswer
 from benches.servers import Server, end_on_sigterm, storaged_cluster, storaged_single
+from storaged.node.process import keep_memory
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., contextlib.AbstractContextManager[Server]]
@@ -111,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=["cluster", "single"], default="cluster")
     parser.add_argument("--dir", type=Path)
     wanted = parser.parse_args(arguments)
+    keep_memory()
     try:
         rows = rows_of(wanted.rows)
         if wanted.bursts:
