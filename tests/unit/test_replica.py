@@ -702,7 +702,7 @@ async def test_a_fence_is_answered_after_an_accept_whose_copy_arrives_late() -> 
 
     async def late(header: bytes, body: Sequence[Buffer], _check: bytes) -> None:
         await gate.wait()
-        await store(header, body)
+        await store(header, body, b"")
 
     copies.store = late  # type: ignore[method-assign]
     fenced = MemoryMetaStore()
@@ -727,7 +727,7 @@ async def test_a_scan_that_counts_on_a_fence_is_answered_when_all_that_was_judge
 
     async def late(header: bytes, body: Sequence[Buffer], _check: bytes) -> None:
         await gate.wait()
-        await store(header, body)
+        await store(header, body, b"")
 
     copies.store = late  # type: ignore[method-assign]
     fenced = MemoryMetaStore()
