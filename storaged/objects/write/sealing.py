@@ -143,7 +143,7 @@ async def _copied(plane: ObjectPlane, part: NewPart, source: Source, plan: CopyP
         span = trace.current()
         sealed, copy_hash = await plane.in_thread(work)
         filling.release()
-        yield copies_of(plane, part, plan, source.finish(), sealer.header, sealed, copy_hash)
+        yield _copies_of(plane, part, plan, source.finish(), sealer.header, sealed, copy_hash)
 
 
 async def _once(plain: Buffer) -> AsyncIterator[Buffer]:
@@ -163,7 +163,7 @@ def seal_small(plane: ObjectPlane, part: NewPart, plain: Buffer, digest: Digest)
     header, sealed = seal_part(dek, data_id, number, plain, plane.entropy(SALT_BYTES))
     if plan is None:
         return Sealed(PartEntry(number, data_id, digest.size, header, 1, target, (), sealed), digest)
-    return copies_of(plane, part, plan, digest, header, sealed, fragment_hash((sealed,)))
+    return _copies_of(plane, part, plan, digest, header, sealed, fragment_hash((sealed,)))
 
 
 def _plan_of(plane: ObjectPlane, part: NewPart) -> CopyPlan | None:
@@ -176,7 +176,7 @@ def _plan_of(plane: ObjectPlane, part: NewPart) -> CopyPlan | None:
     return plan if plan.enough(frozenset(filter(plane.liveness.disk_writable, plan.state.disks))) else None
 
 
-def copies_of(
+def _copies_of(
     plane: ObjectPlane, part: NewPart, plan: CopyPlan, digest: Digest, header: bytes, sealed: Buffer, copy_hash: bytes
 ) -> Sealed:
     """The sealed body as whole copies beside the register. ``header``: of its stream. ``copy_hash``: of its bytes."""
