@@ -8,11 +8,13 @@ import hashlib
 import itertools
 import os
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 import pytest
 
+from storaged.cluster.layout import Layout
+from storaged.cluster.spread import OPERATORS
 from storaged.errors import (
     BadDigest,
     DataDamaged,
@@ -47,6 +49,7 @@ from storaged.objects.records import ObjectRecord, decode_object, encode_object
 from storaged.objects.service import ObjectService
 from storaged.objects.write import commit
 from storaged.wire import Buffer
+from tests.doubles.layouts import layout_of
 from tests.patience import GUARD_S
 from tests.worlds.objects import OWNER, World, bucket_of, entry_of, got, pieces, put
 
@@ -149,6 +152,41 @@ async def test_a_bucket_may_choose_to_keep_fewer_objects_as_copies_but_not_more(
     assert bool(entry.inline) == (size <= 1008)
     assert entry.small == (1008 < size <= min(64 * KIB, 64 * KIB if chosen is None else chosen))
     assert await got(objects, bucket) == data
+    await objects.close()
+
+
+def without(layout: Layout, disks: Sequence[str]) -> Layout:
+    """The next layout: these disks give up what they have."""
+    entries = [msgspec.structs.replace(entry, state="draining") for entry in layout.disks if entry.id in disks]
+    others = [entry for entry in layout.disks if entry.id not in disks]
+    return msgspec.structs.replace(layout, epoch=layout.epoch + 1, disks=(*others, *entries))
+
+
+@pytest.mark.parametrize("change", ["register moves", "disks become full", "operators distrust"])
+async def test_where_the_copies_of_a_body_go_is_decided_when_it_has_arrived(change: str) -> None:
+    layout = layout_of((1,) * 8)
+    world = World(layout, small_bytes_max=256 * KIB)
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(256 * KIB)
+    first = layout.replicas_of(object_name(bucket.id, bucket.shard_numbers, b"key").partition)
+
+    async def slow() -> AsyncIterator[Buffer]:
+        yield data[:70_000]
+        if change == "register moves":
+            world.layouts.learn(without(layout, first[:2]))
+        elif change == "disks become full":
+            for disk in first[:2]:
+                world.disks.disks[disk].full = True
+        else:
+            operators = tuple((node.location, node.name) for node in layout.nodes)
+            world.layouts.learn(msgspec.structs.replace(layout, epoch=2, operators=operators, spread=OPERATORS))
+        yield data[70_000:]
+
+    result = await objects.put(bucket, b"key", slow(), NewMeta(), BodyChecks(size=len(data)), owner=OWNER)
+    assert (result.size, result.etag) == (len(data), hashlib.md5(data).hexdigest())
+    assert entry_of(world).small == (change == "register moves")
+    assert await got(objects, bucket) == data
+    plane = objects.plane
+    assert plane.fill_buffers.bytes_leased == plane.put_buffers.bytes_leased == plane.fill_buffers.transfers == 0
     await objects.close()
 
 

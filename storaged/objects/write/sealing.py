@@ -88,10 +88,10 @@ async def sealed_body(plane: ObjectPlane, part: NewPart, body: Body, checks: Bod
         if sealed is not None:
             yield sealed
             return
-        source = Source(BodyReader(_once(plain), found.size), found.size, lambda _plain: None, lambda: found)
+        source = _arrived(plain, found)
     assert source is not None
-    plan = _plan_of(plane, part) if checks.size is not None and whole_max < checks.size <= copied_max else None
-    async with _coded(plane, part, source) if plan is None else _copied(plane, part, source, plan) as sealed:
+    copied = checks.size is not None and whole_max < checks.size <= copied_max and _plan_of(plane, part) is not None
+    async with _copied(plane, part, source) if copied else _coded(plane, part, source) as sealed:
         yield sealed
 
 
@@ -120,8 +120,11 @@ async def _coded(plane: ObjectPlane, part: NewPart, source: Source) -> AsyncIter
 
 
 @contextlib.asynccontextmanager
-async def _copied(plane: ObjectPlane, part: NewPart, source: Source, plan: CopyPlan) -> AsyncIterator[Sealed]:
-    """A body of known size, sealed for copies: in a thread, and in memory of the pools, as a block."""
+async def _copied(plane: ObjectPlane, part: NewPart, source: Source) -> AsyncIterator[Sealed]:
+    """A body of known size, sealed for copies: in a thread, and in memory of the pools, as a block. Where its copies go
+    is decided when it has arrived: a client may take minutes to send it, and meanwhile the register moves, or its disks
+    become full. Where too few of them take copies then, it is coded.
+    """
     assert source.size is not None
     sealer = PartSealer(part.dek, part.data_id, part.sealed_number, CHUNK_BYTES_MAX, plane.entropy(SALT_BYTES))
     with Transfer(plane.fill_buffers), Transfer(plane.put_buffers), contextlib.ExitStack() as leases:
@@ -142,8 +145,20 @@ async def _copied(plane: ObjectPlane, part: NewPart, source: Source, plan: CopyP
 
         span = trace.current()
         sealed, copy_hash = await plane.in_thread(work)
-        filling.release()
-        yield _copies_of(plane, part, plan, source.finish(), sealer.header, sealed, copy_hash)
+        digest, plan = source.finish(), _plan_of(plane, part)
+        if plan is not None:
+            filling.release()
+            yield _copies_of(plane, part, plan, digest, sealer.header, sealed, copy_hash)
+            return
+        del sealed  # a view would keep the buffer from being reused
+        plain = bytes(filling.view[:count])
+    async with _coded(plane, part, _arrived(plain, digest)) as coded:
+        yield coded
+
+
+def _arrived(plain: Buffer, digest: Digest) -> Source:
+    """A body that has arrived and was digested."""
+    return Source(BodyReader(_once(plain), digest.size), digest.size, lambda _plain: None, lambda: digest)
 
 
 async def _once(plain: Buffer) -> AsyncIterator[Buffer]:
