@@ -112,13 +112,13 @@ class DiskCopies(PlainCopies):
         settling: bool = False,
         check: bytes = b"",
     ) -> None:
-        if sum(map(len, body)) > (COPY_BYTES_MAX if settling else LOGGED_BYTES_MAX):
-            super().keep(header, body, batch, on_done, check=check)
-            return
         try:
             record = self._records.pack(batch, partial(on_done, None))
-        except StoragedError as error:
+        except StoragedError as error:  # first: a copy whose record has no room would stay without one
             on_done(None, error)
+            return
+        if sum(map(len, body)) > (COPY_BYTES_MAX if settling else LOGGED_BYTES_MAX):
+            super().keep(header, body, batch, on_done, check=check)
             return
         body = [_own(piece) for piece in body]
         try:

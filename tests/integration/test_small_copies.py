@@ -27,7 +27,7 @@ from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value, Visibility
 from storaged.meta.storage import checkpoint, write_queue
 from storaged.meta.storage.small_copies import ENTRY_BYTES, PlainCopies, SmallCopyCache
-from storaged.meta.store_ports import Copies, Copy, MetaStore, StoreBatch
+from storaged.meta.store_ports import Copies, Copy, MetaStore, StoreBatch, StoreFull
 from storaged.node import disks
 from storaged.node.disks import LOGGED_BYTES_MAX, restore_copies
 from storaged.units import KIB
@@ -434,6 +434,25 @@ async def test_a_larger_copy_of_a_settling_round_goes_to_the_log_where_a_full_di
     await accepting
     assert await payload_at(LocalReplica("d", found.meta, copies=found.copies)) == (copy.data_id, copy.payload)
     await found.close()
+
+
+async def test_a_larger_copy_whose_record_has_no_room_is_not_written_either(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each attempt would fill the disk with another copy that no record names."""
+    disk = await LogDisk.opened(directory)
+    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small(256 * KIB)
+    await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
+    monkeypatch.setattr(disk.meta._state, "fed", lambda: None)  # a checkpoint of nothing finds room
+    disk.meta._state.starved = "no room for a checkpoint"
+    for counter in (10, 11):
+        with pytest.raises(StoreFull, match="no room"):
+            await replica.accept(with_copy(ballot(counter), copy), [copy.payload])
+    assert disk.fragments.find_copy(copy.data_id) is None
+    disk.meta._state.starved = ""
+    assert (await replica.accept(with_copy(ballot(12), copy), [copy.payload])).copy_synced
+    assert await payload_at(replica) == (copy.data_id, copy.payload)
+    await disk.close()
 
 
 async def test_a_copy_that_its_gateway_has_hashed_is_compared_by_its_checksum(disk: Disk) -> None:
