@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from storaged.disk_health import DiskHealth
 from storaged.durable import RestartNeeded
+from storaged.errors import DiskUnusable
 from storaged.fragments.index_rows import Checkpoint
 from storaged.fragments.write import Write
 
@@ -106,8 +107,8 @@ class WriteQueue:
 
     async def _submit(self, job: Job) -> Any:
         """A caller that gives up gets its buffers back at once when the thread has not begun with the job, else when it
-        has finished; without buffers it does not wait. Raises DiskUnusable when the disk begins to hang, but for a
-        write that the thread has begun with.
+        has finished or the disk hangs; without buffers it does not wait. Raises DiskUnusable when the disk begins to
+        hang, but for a write that the thread has begun with.
         """
         self._health.fail_when_hung(job.future, job.claim if job.write is not None else None)
         self._arriving.append(job)
@@ -117,9 +118,19 @@ class WriteQueue:
             return await job.future
         except asyncio.CancelledError:
             if job.write is not None and job.future.cancelled() and not job.claim() and not job.finished:
-                job.on_finished = self._loop.create_future()
-                await job.on_finished
+                await self._finished(job)
             raise
+
+    async def _finished(self, job: Job) -> None:
+        """Returns when the thread has finished with the job, or the disk hangs: then a process that ends does not wait
+        for it. Views keep the buffers from being used again while the thread still has them.
+        """
+        if self._health.hung:
+            return
+        job.on_finished = self._loop.create_future()
+        self._health.fail_when_hung(job.on_finished)
+        with contextlib.suppress(DiskUnusable):
+            await job.on_finished
 
     def hand_over(self) -> None:
         """Gives what has arrived to the thread."""

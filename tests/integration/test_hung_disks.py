@@ -21,7 +21,8 @@ from storaged.meta import messages
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
 from storaged.node import disk_watch
-from storaged.node.disks import Disks, LocalDisk
+from storaged.node.disks import LOGGED_BYTES_MAX, Disks, LocalDisk
+from storaged.wire import encode
 from tests.integration.test_node import storage_config
 from tests.integration.test_node_disks import opener
 from tests.patience import GUARD_S
@@ -37,6 +38,7 @@ released by itself (``hanging_disk.HANG_S_MAX``), since it is the loop that ends
 """
 
 HANG_S = 2.0
+LARGE = LOGGED_BYTES_MAX + 1
 
 
 @pytest.fixture
@@ -109,6 +111,14 @@ def ballot() -> Ballot:
 async def accept(disk: LocalDisk, key: bytes, body: bytes = b"body", at: Ballot | None = None) -> messages.AcceptReply:
     value = Value(1, b"o" * 16, Visibility.LIVE, body)
     return await disk.replica.accept(messages.Accept(disk.id, name_of(key), at or ballot(), value))
+
+
+async def accept_copy(disk: LocalDisk, key: bytes, at: Ballot | None = None) -> messages.AcceptReply:
+    """Of an object whose copy is synced in its segment before its record is written."""
+    made = make(random.Random(key), LARGE, k=1, m=2)
+    value = Value(1, b"o" * 16, Visibility.LIVE, b"body", made.id.data_id)
+    request = messages.Accept(disk.id, name_of(key), at or ballot(), value, header=encode(made.header))
+    return await disk.replica.accept(request, [made.payload])
 
 
 async def prepare(disk: LocalDisk, key: bytes, at: Ballot | None = None) -> messages.PrepareReply:
@@ -206,6 +216,25 @@ async def test_a_node_ends_while_a_disk_hangs_and_what_it_acknowledged_is_there_
     late.cancel()
 
 
+async def test_a_process_ends_while_a_disk_hangs_in_the_write_of_a_large_copy(node: Node) -> None:
+    """What is left is cancelled, as ``asyncio.Runner`` does it, and waits for no disk."""
+    await fill(node.bad, 20)
+    node.hanging.hang(SYNCS, name=".seg")
+    before = asyncio.all_tasks()
+    accepting = asyncio.create_task(accept_copy(node.bad, b"large"))
+    await until(lambda: node.hanging.waiting() > 0)
+    await node.disks.close()
+    left = asyncio.all_tasks() - before
+    assert accepting in left
+    for task in left:
+        task.cancel()
+    _ended, waiting = await asyncio.wait(left, timeout=1.0 + GAP_S_MAX)
+    node.hanging.release()
+    assert not waiting
+    assert not node.bad.replica.pending.by_name
+    await asyncio.sleep(0.5)  # its threads give the files back, as they would when the process ends
+
+
 # --- one kind of operation
 
 
@@ -275,6 +304,29 @@ async def test_a_sync_of_fragments_that_hangs_ends_its_barrier_and_refuses_the_n
     await until(lambda: not node.bad.health.hung)
     await node.bad.fragments.sync([made[1].id])
     assert (await node.bad.fragments.read(made[1].id, 0, 9)).whole == made[1].payload
+
+
+async def test_a_large_copy_that_hangs_in_its_segment_is_acknowledged_when_it_and_its_record_are_durable(
+    node: Node,
+) -> None:
+    await fill(node.bad, 10)
+    node.hanging.hang(SYNCS, name=".seg")
+    at = ballot()
+    first, again = [asyncio.create_task(accept_copy(node.bad, b"large", at)) for _ in range(2)]
+    later = asyncio.create_task(prepare(node.bad, b"large"))
+    await hung(node)
+    assert not first.done()
+    assert not again.done()
+    with pytest.raises(DiskUnusable, match="hangs"):
+        await accept_copy(node.bad, b"other")
+    node.hanging.release()
+    assert [reply.copy_synced for reply in await asyncio.wait_for(asyncio.gather(first, again), GUARD_S)] == [True] * 2
+    promised = (await asyncio.gather(later, return_exceptions=True))[0]
+    assert isinstance(promised, DiskUnusable) or promised.accepted == at
+    await until(lambda: not node.bad.health.hung)
+    reply, payload = await node.bad.replica.read(messages.Read(node.bad.id, name_of(b"large"), 1, want_payload=True))
+    assert (reply.accepted, len(payload)) == (at, LARGE)
+    assert await read(node.bad, b"other") is None
 
 
 async def test_a_checkpoint_that_hangs_loses_nothing_and_delays_no_other_disk(node: Node) -> None:

@@ -145,6 +145,9 @@ class PlainCopies:
                 await self._meta.commit(batch)
         except StoragedError as error:
             failure = error
+        except asyncio.CancelledError:  # the process ends
+            on_done(None, DiskUnusable("This node stops before it knows whether a small copy and its row are on disk."))
+            raise
         except Exception as error:
             log.exception("keeping a small copy failed unexpectedly")
             failure = DiskUnusable(f"Keeping a small copy failed unexpectedly: {type(error).__name__}: {error}")
