@@ -72,7 +72,9 @@ class ObjectLimits:
     put_buffer_bytes_max: int = 24 * MIB
     """Sealed cells and parity of blocks that are sent to disks: 21 blocks of 12 cells, whose transfers take turns."""
     get_buffer_bytes_max: int = 32 * MIB
-    """Opened windows. Their sealed cells take as much again while they are opened."""
+    """Opened windows, and opened copies of more than 64 KiB. Their sealed cells take as much again while they are
+    opened.
+    """
     buffer_wait_s: float = 20.0
     """How long a transfer waits for a buffer before SlowDown."""
     write_timeout_s: float = 15.0

@@ -338,7 +338,11 @@ class Responder:
         if "origin" in request.headers:
             finish(self._front, request, reply)
         began_ns = time.perf_counter_ns() if spans is not None else 0
-        sent = await self._sender.send(connection, request, reply, exchange.keep_alive and not self.draining)
+        try:
+            sent = await self._sender.send(connection, request, reply, exchange.keep_alive and not self.draining)
+        finally:
+            if reply.release is not None:
+                reply.release()
         if spans is not None:
             spans.note("reply", began_ns, time.perf_counter_ns())
             connection.first_byte_ns = 0

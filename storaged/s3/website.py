@@ -103,6 +103,8 @@ async def _object(front: Front, request: Request, bucket: BucketRecord) -> Reply
         return reply
     if reply.stream is not None:
         await reply.stream.close()
+    if reply.release is not None:
+        reply.release()
     return _redirection(301, quote(where, safe=_URL_SAFE))
 
 

@@ -92,6 +92,10 @@ class WatchedStream:
         self.closed = True
         await self._stream.close()
 
+    def release(self) -> None:
+        self.closed, self.held = True, None
+        self._stream.release()
+
 
 class WatchedObjects(ObjectService):
     """The object plane; a test sees what the front asks it, holds answers back, and breaks streams off."""
@@ -250,9 +254,11 @@ async def s3_world(
     access_logs: AccessLogSettings = NO_DELIVERY,
     destinations: Destinations | None = None,
     far: bool = False,
+    small_bytes_max: int = ObjectLimits.small_bytes_max,
 ) -> AsyncIterator[World]:
     clock = SystemClock()
-    below = objects.World(far=far, limits=ObjectLimits(bucket_cache_s=3600, user_cache_s=3600))
+    kept = ObjectLimits(bucket_cache_s=3600, user_cache_s=3600, small_bytes_max=small_bytes_max)
+    below = objects.World(far=far, limits=kept)
     below.clock = clock
     plane = below.plane()
     service, buckets, users = WatchedObjects(plane), WarmBuckets(plane), UserService(plane)

@@ -5,8 +5,8 @@ Memory whose use depends on a client's speed is apart from memory that only disk
 plaintext of one block for as long as it lasts, from a pool whose shares shrink as it fills, so that slow clients leave
 room for new ones. Room for the sealed block comes from another pool, from the sealing to the last write, and no
 transfer holds it while it waits for a client. A download leases window by window, smaller ones as the pool fills or its
-client turns out to be slow. At the bound transfers wait for their turn, so that back-pressure reaches the client's
-socket.
+client turns out to be slow; one of a whole copy leases room for all of it while there is much. At the bound transfers
+wait for their turn, so that back-pressure reaches the client's socket.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The path of a GET and of a HEAD: the record, the conditions, the range, the bytes.
 
 The record comes from a majority. A small object's sealed bytes lie in the record, or come with it as a copy; they are
-opened at once (``HeldStream``). The bytes of any other object come from disks, window by window (``VerifiedStream``).
+opened at once (``HeldStream``), larger ones in memory of a pool if it has room (``LeasedStream``). The bytes of any
+other object come from disks, window by window (``VerifiedStream``).
 The first window is read and verified before ``get`` returns, so that everything that can go wrong until then is a
 proper answer.
 
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+
+from msgspec import structs
 
 from storaged import trace
 from storaged.errors import DataDamaged, ServiceUnavailable, StoragedError
@@ -39,7 +42,7 @@ from storaged.objects.read.borrowed import with_data
 from storaged.objects.read.find import Found, find, try_find
 from storaged.objects.read.guess import HELD_BYTES_MAX, Guess, try_guess
 from storaged.objects.read.span import Span, span_of, span_of_part
-from storaged.objects.read.streams import HeldStream, VerifiedStream
+from storaged.objects.read.streams import FREE_BYTES_MAX, HeldStream, VerifiedStream, hold_whole, try_hold
 from storaged.objects.records import BucketRecord
 from storaged.wire import Buffer
 
@@ -99,7 +102,9 @@ def _sealed_here(found: Found) -> Buffer | None:
 
 
 def _try_open(plane: ObjectPlane, info: ObjectInfo, wanted: Span, found: Found, sealed: Buffer) -> HeldStream | None:
-    """The object as a stream. None: a copy does not open. Its replica may lie, and ``VerifiedStream`` asks others."""
+    """The object as a stream. None: a copy does not open, or there is no room for it. Its replica may lie, and
+    ``VerifiedStream`` asks others, and waits for room.
+    """
     cached, part = found.cached, found.opened.version.parts[0]
     try:
         stream_key = cached.key if cached is not None else None
@@ -107,14 +112,16 @@ def _try_open(plane: ObjectPlane, info: ObjectInfo, wanted: Span, found: Found, 
             stream_key = part_key(found.opened.body_dek, part.header, part.data_id, part.number)
             if cached is not None:
                 cached.key = stream_key
-        plain = stream_key.open_whole(sealed)
+        if part.size <= FREE_BYTES_MAX:
+            held: HeldStream | None = hold_whole(info, wanted, stream_key, part.size, sealed)
+        else:
+            held = try_hold(plane.get_buffers, info, wanted, stream_key, part.size, sealed)
     except SealBroken:
         return None
-    if len(plain) != part.size:
-        return None
-    plane.counters.gets += 1
-    plane.counters.bytes_out += wanted.length
-    return HeldStream(info, wanted, plain)
+    if held is not None:
+        plane.counters.gets += 1
+        plane.counters.bytes_out += wanted.length
+    return held
 
 
 # --- the shell without a task
@@ -225,7 +232,8 @@ def _from_reading(
     span = span_of(spec, info.size)
     sealed = _sealed_here(found)
     if sealed:
-        return _try_open(plane, info, span, found, sealed) or reading
+        # without the copy: who waits for room must not hold it meanwhile
+        return _try_open(plane, info, span, found, sealed) or Reading(reading.value)
     if found.opened.borrowed is not None or span.length > HELD_BYTES_MAX:
         return reading
     return VerifiedStream(plane, bucket, found, info, span)
@@ -274,6 +282,7 @@ async def get(
     ServiceUnavailable.
     """
     found = await find(plane, bucket, key, version_id, want_payload=True, reading=reading)
+    reading = None
     for attempt in range(READ_AGAIN_MAX):
         found = _unlocked(bucket, key, found, customer_key)
         meta, version = found.opened.meta, found.opened.version
@@ -287,6 +296,7 @@ async def get(
                 held = _try_open(plane, info, wanted, found, sealed)
             if held is not None:
                 return held
+            found, sealed = structs.replace(found, copy=None), None  # the wait for room must not hold the copy
         try:
             if failed is not None:
                 error, failed = failed, None

@@ -1,5 +1,7 @@
 """Opened objects as streams of verified plaintext: from memory, or from disks window by window.
 
+``try_hold`` and ``hold_whole`` open what came with its record.
+
 ``VerifiedStream`` reads the next window while one is sent. A window is what ``part_reader`` reads at once; it is
 authenticated as a whole before its first byte leaves.
 """
@@ -14,15 +16,17 @@ from typing import NamedTuple
 from storaged.errors import DataDamaged, NoSuchKey, NoSuchVersion, ServiceUnavailable, StoragedError
 from storaged.objects.api import ObjectInfo
 from storaged.objects.background import cancel_all
-from storaged.objects.cache.buffers import Lease, Transfer, window_bytes_for
+from storaged.objects.cache.buffers import WINDOW_SHARES, BufferPool, Lease, Transfer, window_bytes_for
 from storaged.objects.code.manifest import bound_parts, bound_parts_of, parts_of
 from storaged.objects.plane import ObjectPlane, OnDamage
+from storaged.objects.ports import SealBroken
 from storaged.objects.read.borrowed import find_data
 from storaged.objects.read.find import Found, find
 from storaged.objects.read.part_reader import PartReader
 from storaged.objects.read.span import Span
 from storaged.objects.read.window import Window
 from storaged.objects.records import BucketRecord, PartEntry, SealedPart
+from storaged.sov1 import TAG_BYTES, Opener, StreamKey, chunks_size
 from storaged.units import KIB, MIB
 from storaged.wire import Buffer
 
@@ -33,6 +37,12 @@ SLOW_S_MIN = 0.1
 SLOW_WINDOW_BYTES = 256 * KIB
 AHEAD_LEFT_MIN = 0.25
 """Nothing is read ahead when a smaller share of the memory is free: the rest is for first windows."""
+FREE_BYTES_MAX = 64 * KIB
+"""Up to so many bytes of an object are held in no pool's memory: a thousand clients that take nothing hold 64 MiB."""
+HELD_LEFT_MIN = WINDOW_SHARES[0][0]
+"""A larger copy is opened whole while this share of the memory is free. Else it is read as a coded object is, in
+windows that become smaller.
+"""
 
 
 class _Job(NamedTuple):
@@ -55,25 +65,84 @@ class _Piece(NamedTuple):
 
 
 class HeldStream:
-    """An ``api.ObjectStream`` of a small object whose bytes are in memory, opened."""
+    """An ``api.ObjectStream`` of an object whose sealed bytes came with its record, opened. ``held``: what is wanted of
+    it.
+    """
 
     __slots__ = ("first", "held", "info", "length", "partial")
 
-    def __init__(self, info: ObjectInfo, span: Span, plain: bytes) -> None:
-        """``plain``: the whole object, of which ``span`` is wanted."""
+    def __init__(self, info: ObjectInfo, span: Span, held: Buffer) -> None:
         self.info = info
         self.first, self.length, self.partial = span
-        self.held = plain[span.first : span.first + span.length] if span.partial else plain
+        self.held = held
 
     async def chunks(self) -> AsyncIterator[Buffer]:
-        if self.held:
-            yield self.held
+        try:
+            if self.held:
+                yield self.held
+        finally:
+            self.release()
 
     async def close(self) -> None:
-        """There is nothing to release."""
+        self.release()
 
     def release(self) -> None:
         """There is nothing to release."""
+
+
+class LeasedStream(HeldStream):
+    """A HeldStream whose bytes are in memory of the pool of downloads, until ``close`` or ``release``."""
+
+    __slots__ = ("_lease", "_transfer")
+
+    def __init__(self, info: ObjectInfo, span: Span, held: Buffer, pool: BufferPool, lease: Lease) -> None:
+        super().__init__(info, span, held)
+        self._lease = lease
+        self._transfer: Transfer | None = Transfer(pool)
+        self._transfer.__enter__()
+
+    def release(self) -> None:
+        transfer, self._transfer = self._transfer, None
+        if transfer is not None:
+            self.held = b""
+            self._lease.release()
+            transfer.__exit__()
+
+
+def hold_whole(info: ObjectInfo, span: Span, key: StreamKey, size: int, sealed: Buffer) -> HeldStream:
+    """Opens all of an object of ``size`` bytes. Raises SealBroken."""
+    plain = key.open_whole(sealed)
+    if len(plain) != size:
+        raise SealBroken(f"{len(plain)} bytes were sealed, {size} were expected")
+    return HeldStream(info, span, plain[span.first : span.first + span.length] if span.partial else plain)
+
+
+def try_hold(
+    pool: BufferPool, info: ObjectInfo, span: Span, key: StreamKey, size: int, sealed: Buffer
+) -> HeldStream | None:
+    """Opens the chunks of an object of ``size`` bytes that have the span. As long as its client does not take them,
+    they hold memory of ``pool``. None: it has no room. Raises SealBroken.
+    """
+    chunk_bytes = key.chunk_bytes
+    if len(sealed) != chunks_size(size, chunk_bytes):
+        raise SealBroken(f"{len(sealed)} bytes are not the sealed form of {size}")
+    plain_bytes = chunk_bytes - TAG_BYTES
+    first, end = span.first // plain_bytes, -(-(span.first + span.length) // plain_bytes)
+    start = first * plain_bytes
+    lease = pool.try_lease(min(end * plain_bytes, size) - start) if pool.left >= HELD_LEFT_MIN else None
+    if lease is None:
+        return None
+    try:
+        Opener(key, size).open_block(first, memoryview(sealed)[first * chunk_bytes : end * chunk_bytes], lease.view)
+    except BaseException:
+        lease.release()
+        raise
+    held = lease.view[span.first - start : span.first - start + span.length]
+    if span.length > FREE_BYTES_MAX:
+        return LeasedStream(info, span, held, pool, lease)
+    plain = bytes(held)
+    lease.release()
+    return HeldStream(info, span, plain)
 
 
 class VerifiedStream:

@@ -69,7 +69,7 @@ async def get_object(front: Front, request: Request) -> Reply:
         status, answer = _describe(front, request, stream.info, wanted, part_number)
         answer.update(overrides)
         if stream.held is not None:
-            return Reply(status, answer, stream.held)
+            return Reply(status, answer, stream.held, release=stream.release)
         return Reply(status, answer, length=stream.length, stream=stream)
     except BaseException:
         await stream.close()
