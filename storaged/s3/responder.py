@@ -315,6 +315,7 @@ class Responder:
                 keep = sent.keep_alive
                 if sent.unread:
                     keep = await self._sender.drop_rest(connection, exchange.request, sent)
+                del found, exchange, sent  # a connection that waits for its next request must not hold its last answer
         except Exception:
             log.exception("a connection failed outside of its requests' handlers")
             connection.transport.abort()
