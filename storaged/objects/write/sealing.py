@@ -128,10 +128,12 @@ async def _copied(plane: ObjectPlane, part: NewPart, source: Source) -> AsyncIte
     assert source.size is not None
     sealer = PartSealer(part.dek, part.data_id, part.sealed_number, CHUNK_BYTES_MAX, plane.entropy(SALT_BYTES))
     with Transfer(plane.fill_buffers), Transfer(plane.put_buffers), contextlib.ExitStack() as leases:
-        filling = await plane.fill_buffers.lease(source.size + 1)
+        filling = await plane.fill_buffers.lease(source.size)
         leases.callback(filling.release)
+        beyond = memoryview(bytearray(1))  # not in the lease, which has no room for one byte more than a power of two
         with trace.span("receive"):
-            count = await source.reader.fill(filling.view[: source.size + 1])
+            count = await source.reader.fill(filling.view[: source.size])
+            more = await source.reader.fill(beyond)
         lease = await plane.put_buffers.lease(chunks_size(count, CHUNK_BYTES_MAX))
         leases.callback(lease.release)
 
@@ -139,6 +141,7 @@ async def _copied(plane: ObjectPlane, part: NewPart, source: Source) -> AsyncIte
             plain = filling.view[:count]
             with trace.span_of(span, "digest"):
                 source.update(plain)
+                source.update(beyond[:more])
             with trace.span_of(span, "seal"):
                 sealed = lease.view[: sealer.seal_block(0, plain, lease.view, last=True)]
             return sealed, fragment_hash((sealed,))
