@@ -11,7 +11,8 @@ What the disk does to the program:
   writes, and after anything other than lack of space it is never opened again.
 * The log is small, so that it goes round and waits for checkpoints, and a group may be written by a thread.
 
-Small copies lie in the redo log first, as in the program. Here a table stands for the fragment store.
+Small copies lie in the redo log first, as in the program; every other one counts as large, and is synced in the
+fragment store before its record goes to the log. Here a table stands for the fragment store.
 """
 
 from __future__ import annotations
@@ -207,13 +208,19 @@ class FileStore(LmdbMetaStore):
 
 
 class LoggedCopies(PlainCopies):
-    """Small copies in the group of the record that names them, as ``node.disks`` has it. ``synced`` has what survives a
-    crash now, by data id.
+    """Small copies in the group of the record that names them, or before it, as ``node.disks`` has it. ``synced`` has
+    what survives a crash now, by data id.
     """
 
     def __init__(self, disk: FileDisk) -> None:
-        async def store(_header: bytes, _body: Sequence[Buffer], _check: bytes) -> None:
-            raise AssertionError("copies go to the log")
+        life = disk.life
+
+        async def store(header: bytes, body: Sequence[Buffer], _check: bytes) -> None:
+            content = b"".join(bytes(piece) for piece in body)
+            await disk.world_sync()
+            if disk.life != life:
+                raise DiskUnusable("the process died")
+            disk.keep_apart(header, content)
 
         super().__init__(disk.store, store, disk.payloads.load, holds=disk.payloads.holds)
         self._disk = disk
@@ -239,6 +246,9 @@ class LoggedCopies(PlainCopies):
         if disk.world.random.random() < disk.world.weather.full:
             on_done(DiskUnusable("the disk is full"), None)
             return
+        if header[-1] & 1 and not settling:
+            super().keep(header, body, batch, on_done)
+            return
         content = b"".join(bytes(piece) for piece in body)
         record.copy, record.copy_write = (header, [content]), (header, content)
         record.size += len(header) + len(content)
@@ -250,6 +260,7 @@ class FileDisk:
 
     def __init__(self, world: World, name: str) -> None:
         self.world = world
+        self.life = 0
         self.half_pages = world.random.choice(HALF_PAGES)
         self.hung: asyncio.Event | None = None
         self.threads = LockstepThreads()
@@ -348,6 +359,11 @@ class FileDisk:
         for header, payload in copies:
             self.payloads.stored(header, payload)
 
+    def keep_apart(self, header: bytes, payload: bytes) -> None:
+        """It is synced."""
+        self._in_fragments[header] = payload
+        self.payloads.stored(header, payload)
+
     def sync_copies(self) -> None:
         appended = dict(self._appended)
         self.threads.stop_at("copies")
@@ -372,6 +388,7 @@ class FileDisk:
         """What was not synced is lost. The store is opened again at once, for the next life; until then it only
         answers those who judge.
         """
+        self.life += 1
         for task in tuple(self._tasks):
             task.cancel()
         for writing in self._writing:
