@@ -15,7 +15,7 @@ from hypothesis import currently_in_test_context, event
 from storaged.errors import S3Error
 from storaged.s3.auth import sigv4
 from storaged.s3.auth.aws_chunked import ChunkedDecoder
-from storaged.s3.http.chunks import LINE_BYTES_MAX, ChunkReader, TransferChunks
+from storaged.s3.http.chunks import LINE_BYTES_MAX, TRAILER_BYTES_MAX, ChunkReader, TransferChunks
 from storaged.s3.http.form_data import FormReader, boundary_of
 from storaged.s3.http.grammar import Head, parse_head
 from storaged.s3.http.limits import Limits
@@ -86,6 +86,7 @@ def _stricter(head: RfcHead) -> dict[str, Callable[[], object]]:
     return {
         "a version that is neither 1.1 nor 1.0": lambda: head.version not in (b"HTTP/1.1", b"HTTP/1.0"),
         "a method has at most 64 characters": lambda: len(head.method) > 64,
+        "a head has only so many headers": lambda: len(fields) > LIMITS.headers_max,
         "HTTP/1.1 wants one Host (RFC 9112 3.2)": lambda: len(hosts) > 1 or (http11 and not hosts),
         "a Host is a host and perhaps a port": lambda: any(not _HOST_SYNTAX.fullmatch(host) for host in hosts),
         "a target in absolute form names a host, and that of the Host header": lambda: (
@@ -201,7 +202,16 @@ def chunks_are_what_the_grammar_says(wire: bytes, step: int) -> None:
             assert (ours, bytes(decoder.rest)) == rfc_chunks(wire, read_extensions=False)
         return
     if ours is None:
-        explained({"a size has at most 15 digits": lambda: re.search(rb"(^|\n)[0-9A-Fa-f]{16,}", wire)}, wire)
+        explained(
+            {
+                "a size has at most 15 digits": lambda: re.search(rb"(^|\n)[0-9A-Fa-f]{16,}", wire),
+                "a line of a size or of the trailer is only so long": lambda: any(
+                    len(line) >= LINE_BYTES_MAX for line in wire.split(b"\n")
+                ),
+                "a trailer is only so long": lambda: len(wire.rpartition(b"\r\n0")[2]) > TRAILER_BYTES_MAX,
+            },
+            wire,
+        )
         return
     assert ours == data
     assert bytes(decoder.rest) == rest

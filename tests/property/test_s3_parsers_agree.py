@@ -100,6 +100,7 @@ _HEADS = st.builds(
 @example(b"GET http://h HTTP/1.1\r\nHost: h")
 @example(b"GET /a\xc3\xa9 HTTP/1.1\r\nHost: h")
 @example(b"GET / HTTP/1.1\r\nHost: h\r\nRangenge: bytes=\xd9\xa5-")
+@example(b"GET / HTTP/1.1\r\nHost: h" + b"\r\na: b" * 128)
 def test_heads_are_what_the_grammar_says(raw: bytes) -> None:
     agreement.heads_are_what_the_grammar_says(raw)
 
@@ -131,6 +132,8 @@ def _chunked(draw: st.DrawFn) -> bytes:
 @EXAMPLES
 @given(broken(_chunked()), st.sampled_from((1, 2, 3, 7, 1000)))
 @example(b"1\r\na\r\n" * 200 + b"0\r\n\r\n", 5)
+@example(b"1\r\na\r\n0\r\nA: " + b"[" * 1100 + b"\r\n\r\n", 7)
+@example(b"1\r\na\r\n0\r\n" + b"A: b\r\n" * 1500 + b"\r\n", 7)
 def test_chunks_are_what_the_grammar_says(wire: bytes, step: int) -> None:
     agreement.chunks_are_what_the_grammar_says(wire, step)
 
