@@ -22,8 +22,8 @@ from storaged.meta.transport import accept_batching as accepts_module
 from storaged.meta.transport.accept_batching import (
     ACCEPTS_MAX,
     ALONE_MAX,
-    COPY_BYTES_MAX,
     ENCODED_BYTES_MAX,
+    JOINED_COPY_BYTES_MAX,
     TOGETHER_MAX,
     AcceptBatcher,
 )
@@ -173,13 +173,13 @@ async def test_the_first_of_a_long_turn_leave_before_it_ends() -> None:
 async def test_a_large_copy_goes_by_itself_and_is_not_joined_with_others() -> None:
     asking = Asking()
     asking.fill()
-    asking.ask(1, copy=bytes(COPY_BYTES_MAX))
-    asking.ask(2, copy=bytes(COPY_BYTES_MAX + 1))
+    asking.ask(1, copy=bytes(JOINED_COPY_BYTES_MAX))
+    asking.ask(2, copy=bytes(JOINED_COPY_BYTES_MAX + 1))
     [(method, head, body, _then)] = asking.wire.sent
-    assert (method, decode(head, Accept).name, len(body)) == ("meta.accept", name_of(2), COPY_BYTES_MAX + 1)
+    assert (method, decode(head, Accept).name, len(body)) == ("meta.accept", name_of(2), JOINED_COPY_BYTES_MAX + 1)
     await turn()
     assert [(method, len(body)) for method, _head, body, _then in asking.wire.sent[1:]] == [
-        ("meta.accepts", COPY_BYTES_MAX)
+        ("meta.accepts", JOINED_COPY_BYTES_MAX)
     ]
 
 

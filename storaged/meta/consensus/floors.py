@@ -60,8 +60,8 @@ Why the sequence of a floor never falls (rule 38)
 Why a create finds its fragments (rule 39)
     A create of a coded object refers to fragments that were durable before it. Between their first write and the create
     its gateway may sleep, and a collector may take them for orphans. Such a collector has a round made first, which
-    every replica accepts, and deletes only then (``maintain.disuse``). The create has no promise. These
-    rows keep it from being taken afterwards, and when they have gone, floors do.
+    every replica accepts, and deletes only then (``maintain.disuse``). The create has no promise. These rows keep it
+    from being taken afterwards, and when they have gone, floors do.
 
     So the create has *grounds* from before the first write: a ballot, which has the step of the partition, and the
     sequence s of a floor. At that moment a replica X of this step had a floor F with a sequence of s or more; or s is

@@ -51,7 +51,7 @@ a busy disk would be asked again and be busier. Most requests that wait here hav
 ENCODED_BYTES_MAX = 64 * KIB
 """Of a request without its copy. A longer one, of a record of very many parts, goes by itself."""
 
-COPY_BYTES_MAX = 32 * KIB
+JOINED_COPY_BYTES_MAX = 32 * KIB
 """Of a copy. A larger one goes by itself: here it would be copied once more, and the others would wait for its disk."""
 
 assert TOGETHER_MAX * ENCODED_BYTES_MAX < HEAD_BYTES_MAX // 2, "all of them fit the head of a frame"
@@ -81,7 +81,7 @@ class AcceptBatcher:
         """
         gathered = self._gathered
         alone = (self._out <= self._alone_max and not gathered) or len(asked[1]) > ENCODED_BYTES_MAX
-        if alone or sum(map(len, asked[4])) > COPY_BYTES_MAX:
+        if alone or sum(map(len, asked[4])) > JOINED_COPY_BYTES_MAX:
             _create, _encoded, call, rest, body, on_reply, timeout_s = asked
             sent = call(rest, partial(self._on_single_reply, on_reply), body, timeout_s)
             self._out += sent
