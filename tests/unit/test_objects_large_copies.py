@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -144,15 +145,26 @@ async def test_who_waits_for_memory_holds_no_copy_and_gets_it_when_there_is_room
     world = world_of(get_buffer_bytes_max=MIB)
     objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(LARGEST)
     await put(objects, bucket, data)
+    read, copies = world.ring.read, list[weakref.ref[memoryview]]()
+
+    async def noted(*which: Any, **how_read: Any) -> Reading:
+        found = await read(*which, **how_read)
+        if found.payload is None:
+            return found
+        copy = memoryview(bytes(found.payload))
+        copies.append(weakref.ref(copy))
+        return Reading(found.value, copy)
+
+    world.ring.read = noted  # type: ignore[method-assign]
     pool = objects.plane.get_buffers
     others = await pool.lease(MIB)
-    read = asyncio.create_task(got(objects, bucket))
+    reading = asyncio.create_task(got(objects, bucket))
     await asyncio.sleep(0.1)
-    assert not read.done()
-    held = [its for its in gc.get_objects() if isinstance(its, memoryview) and LARGEST <= its.nbytes < MIB]
-    assert held == []
+    assert pool._waiting
+    assert copies
+    assert [copy() for copy in copies] == [None] * len(copies)
     others.release()
-    assert await read == data
+    assert await reading == data
     assert is_unused(pool)
     await objects.close()
 
