@@ -64,8 +64,8 @@ class ObjectLimits:
     part_bytes_min: int = PART_BYTES_MIN
     parts_max: int = PARTS_MAX
     block_cells_max: int = 48
-    """Data cells of a block while few uploads are in flight (four in one process): 3 MiB, so that a fragment of 4+2 is
-    one write of 768 KiB.
+    """Data cells of a block while few uploads are in flight (seven of known size in one process): 3 MiB, so that a
+    fragment of 4+2 is one write of 768 KiB.
     """
     fill_buffer_bytes_max: int = 52 * MIB
     """Plaintext of uploads while their clients send it, without what the transports hold."""

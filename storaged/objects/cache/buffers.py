@@ -182,7 +182,12 @@ class Transfer:
             self._pool.shrink()
 
 
-FILL_SHARES = ((4 / 5, 48), (1 / 8, 12), (1 / 16, 6), (1 / 32, 3), (0, 1.5))
+SCARCE_SHARES = ((1 / 8, 12), (1 / 16, 6), (1 / 32, 3), (0, 1.5))
+FILL_SHARES = ((4 / 5, 48), *SCARCE_SHARES)
+DECLARED_SHARES = ((3 / 5, 48), (2 / 5, 24), *SCARCE_SHARES)
+"""The share of an upload whose size is known, of which the last block takes no more than it needs. Blocks last as long
+as their object: a GET of 16 MiB costs a tenth more CPU when they have 12 cells.
+"""
 WHOLE_CELLS, WHOLE_LEFT_MIN = 24, 1 / 2
 """A part of at most WHOLE_CELLS cells of 64 KiB is one block while WHOLE_LEFT_MIN of the pool is free: each block costs
 the disks another round of messages.
@@ -203,13 +208,14 @@ def block_size_for(profile: Profile, size: int | None, left: float, cells_max: i
     is free (1.0: all of it).
 
     The number of cells is a multiple of 12 and of k, so that every k of 2, 3, 4 (and 6, 12) has whole stripes, and
-    not more than the part needs. In the default pool four uploads get ``cells_max`` (two in each half of it, when two
-    workers share it) and others 12, or 24 where that is the whole part. When memory gets short cells become smaller: a
-    block takes 768 KiB, in the end 96. 75 uploads of unknown size find room in the default pool, and each keeps its
-    share as long as its client needs it.
+    not more than the part needs. In the default pool seven uploads of known size get ``cells_max``, seven more 24, and
+    others 12; of unknown size, four get ``cells_max`` (two in each half of the pool, when two workers share it). When
+    memory gets short cells become smaller: a block takes 768 KiB, in the end 96. 75 uploads of unknown size, or 60
+    large ones of known size, find room in the default pool, and each keeps its share as long as its client needs it.
     """
     cell_bytes, unit = cell_bytes_for(profile, size), math.lcm(12, profile.k)
-    share = min(cells_max, next(cells for above, cells in FILL_SHARES if left >= above))
+    shares = FILL_SHARES if size is None else DECLARED_SHARES
+    share = min(cells_max, next(cells for above, cells in shares if left >= above))
     if size is not None and left >= WHOLE_LEFT_MIN and chunk_count(size, CHUNK_BYTES_MAX) <= WHOLE_CELLS:
         share = max(share, min(WHOLE_CELLS, cells_max))
     share_bytes = int(share * CHUNK_BYTES_MAX)
@@ -227,11 +233,12 @@ def block_size_for(profile: Profile, size: int | None, left: float, cells_max: i
 
 
 def window_bytes_for(transfers: int, left: float) -> int:
-    """Sealed bytes that a download reads and opens at once: a whole block while few downloads are in flight, 512 KiB
-    when there are many (256 KiB cost 30% more CPU per byte). Fewer when ``left`` of the memory (1.0: all of it) would
-    soon be gone, in the end a single cell. In the default pool 128 downloads have room for the windows that their count
-    allows. While some hold larger ones, from when they were few, 78 have room, and others wait for a turn.
+    """Sealed bytes that a download reads and opens at once: a whole block while few downloads are in flight, half of
+    one while some are, 512 KiB when there are many (256 KiB cost 30% more CPU per byte). Fewer when ``left`` of the
+    memory (1.0: all of it) would soon be gone, in the end a single cell. In the default pool 128 downloads have room
+    for the windows that their count allows. While some hold larger ones, from when they were few, 70 have room, and
+    others wait for a turn.
     """
-    by_count = 48 if transfers <= 4 else 16 if transfers <= 16 else 8 if transfers <= 64 else 4
+    by_count = 48 if transfers <= 4 else 24 if transfers <= 16 else 8 if transfers <= 64 else 4
     by_memory = next(cells for above, cells in WINDOW_SHARES if left >= above)
     return min(by_count, by_memory) * CHUNK_BYTES_MAX
