@@ -317,6 +317,23 @@ class Opener:
             raise SealBroken(f"chunk {index} does not open", index=index) from None
         return length
 
+    def open_chunks(self, first: int, chunks: Sequence[Buffer], out: memoryview, at: int) -> int:
+        """As ``open_into`` for each of consecutive chunks from index ``first`` on, to ``out[at:]``; returns where their
+        plaintext ends. One call for all of them, for a GET opens sixteen chunks for each MiB.
+        """
+        decrypt_into, nonce, full = self._cipher.decrypt_into, self._nonce, self.chunk_bytes
+        for index, sealed in enumerate(chunks, first):
+            length = len(sealed)
+            if length != full or not 0 <= index < self._full:
+                self._check(index, length)
+            end = at + length - TAG_BYTES
+            try:
+                decrypt_into((nonce ^ index).to_bytes(_NONCE_BYTES, "big"), sealed, None, out[at:end])
+            except InvalidTag:
+                raise SealBroken(f"chunk {index} does not open", index=index) from None
+            at = end
+        return at
+
     def open_block(self, first: int, sealed: Buffer, out: memoryview) -> int:
         """Opens consecutive chunks from index ``first`` on; returns the bytes of plaintext written to ``out``.
 

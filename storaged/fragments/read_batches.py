@@ -28,10 +28,8 @@ from storaged.wire import encode
 
 log = structlog.get_logger(__name__)
 
-BATCH_BYTES_MAX = 520 * KIB
-"""Of the cells that one call reads: two fragments of an object of 1 MiB, whose last cell has 272 bytes. Larger replies
-would only come later.
-"""
+BATCH_BYTES_MAX = 768 * KIB
+"""Of the cells that one call reads: two fragments of a window of 24 cells. Larger replies would only come later."""
 
 ASKED_AGAIN_S = 60.0
 """A node that did not know the call gets each read alone for so long."""

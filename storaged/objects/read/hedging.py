@@ -62,8 +62,8 @@ class Reads:
         self._loop = asyncio.get_running_loop()
         self._hedge = hedge
         self._deadlines = deadlines
-        self._pending: dict[Expected, None] = {}
-        """In the order in which they began."""
+        self.pending: dict[Expected, None] = {}
+        """In the order in which they began. Only this class changes it."""
         self._given_up: list[asyncio.Task[bool]] = []
         self._error: BaseException | None = None
         self._failed = 0
@@ -76,7 +76,7 @@ class Reads:
         """More is read than needed: each read that is done may bring the last missing cell."""
 
     def __len__(self) -> int:
-        return len(self._pending)
+        return len(self.pending)
 
     def begin(self, position: int, reading: Coroutine[Any, Any, bool]) -> None:
         expected = self.expect(position)
@@ -88,19 +88,19 @@ class Reads:
         called with, while that is wanted.
         """
         expected = Expected(position, self._loop.time(), on_found)
-        self._pending[expected] = None
+        self.pending[expected] = None
         return expected
 
     def forget(self, expected: Expected) -> None:
         """It was not asked for."""
         expected.ignore()
-        self._pending.pop(expected, None)
+        self.pending.pop(expected, None)
 
     def ended(self, expected: Expected, whole: bool | BaseException) -> None:
         """Whether every cell arrived; an exception is a mistake of ours, which ``failures`` raises. No-op for a read
         that is not wanted any more.
         """
-        pending = self._pending
+        pending = self.pending
         if expected not in pending:
             return
         del pending[expected]
@@ -121,7 +121,7 @@ class Reads:
         read failed already or none is left, and it is not called.
         """
         self.stalled = False
-        if not self._pending or self._failed or self._error is not None:
+        if not self.pending or self._failed or self._error is not None:
             return False
         self._on_turn = on_turn
         self._patience_s, self._limit_s = patience_s, limit_s
@@ -146,9 +146,12 @@ class Reads:
     def give_up(self, limit_s: float) -> list[int]:
         """Cancels reads that began at least ``limit_s`` ago. Returns their positions."""
         now = self._loop.time()
-        late = [read for read in self._pending if read.began_s + limit_s <= now]
+        first = next(iter(self.pending), None)
+        if first is None or first.began_s + limit_s > now:
+            return []
+        late = [read for read in self.pending if read.began_s + limit_s <= now]
         for read in late:
-            del self._pending[read]
+            del self.pending[read]
             read.ignore()
             if read.task is not None:
                 read.task.cancel()
@@ -160,16 +163,16 @@ class Reads:
         those that had as long as a read is waited for.
         """
         now, hedge_s = self._loop.time(), self._hedge.seconds
-        return [(read.position, now - read.began_s) for read in self._pending if now - read.began_s >= hedge_s]
+        return [(read.position, now - read.began_s) for read in self.pending if now - read.began_s >= hedge_s]
 
     def abandon(self) -> list[asyncio.Task[bool]]:
         """No answer is wanted any more. Returns the tasks that are left."""
-        left = [*[read.task for read in self._pending if read.task is not None], *self._given_up]
+        left = [*[read.task for read in self.pending if read.task is not None], *self._given_up]
         self._on_turn = None
         self._deadlines.end(self)
-        for read in self._pending:
+        for read in self.pending:
             read.ignore()
-        self._pending.clear()
+        self.pending.clear()
         return left
 
     async def close(self) -> None:
@@ -186,12 +189,12 @@ class Reads:
             self._turn()
 
     def _done(self, expected: Expected, task: asyncio.Task[bool]) -> None:
-        if expected in self._pending:
+        if expected in self.pending:
             self.ended(expected, False if task.cancelled() else task.exception() or task.result())
 
     def _due(self) -> float:
         """When there is something to decide if no further read is done."""
-        return min(self._heard_at + self._patience_s, min(read.began_s for read in self._pending) + self._limit_s)
+        return min(self._heard_at + self._patience_s, next(iter(self.pending)).began_s + self._limit_s)
 
     def _turn(self) -> None:
         on_turn, self._on_turn = self._on_turn, None

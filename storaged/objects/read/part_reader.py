@@ -25,7 +25,7 @@ from storaged import trace
 from storaged.errors import DataDamaged, ServiceUnavailable
 from storaged.meta.names import RegisterName
 from storaged.objects.code import erasure, place
-from storaged.objects.code.geometry import PartShape
+from storaged.objects.code.geometry import BlockShape, PartShape
 from storaged.objects.code.seal import part_key
 from storaged.objects.plane import ObjectPlane, OnDamage
 from storaged.objects.ports import SealBroken
@@ -70,6 +70,8 @@ class PartReader:
         self._entry = entry
         self._copy = copy
         self._bad: set[str] = set()
+        self._placed: tuple[Run, tuple[str, ...]] | None = None
+        """The run of the last window and its disks: that of the next window is mostly the same."""
         self.on_damage: OnDamage = plane.on_damage
         """Gets the damage that the reads find."""
         try:
@@ -78,13 +80,16 @@ class PartReader:
             self.shape = PartShape.of(entry)
         except SealBroken as error:
             raise DataDamaged(f"The header of a part does not open: {error}") from None
+        self._whole_block: BlockShape | None = None
+        """The shape of all blocks before the last, once it was needed."""
+        self._last_block = -1
 
     def windows(self, start: int, length: int, bytes_max: Callable[[], int]) -> Iterator[Window]:
         """The windows that hold the plaintext bytes ``start .. start + length - 1``, in order. A window lies in one
         block and has at most ``bytes_max()`` sealed bytes, called for each window, but at least one cell. A wide one
         has up to a quarter more where that ends the block: an object of 1 MiB has 17 cells.
         """
-        shape = self.shape
+        shape, plain_bytes = self.shape, self.shape.plain_bytes
         if not shape.size:
             yield Window(0, 0, 1, 0, 0)  # an empty part is one sealed chunk too, which must open
         for block, first, cells in shape.locate(start, length):
@@ -93,8 +98,8 @@ class PartReader:
                 count = max(1, bytes_max() // shape.cell_bytes)
                 if end - at <= (count + count // 4 if count >= WIDE_CELLS else count):
                     count = end - at
-                plain = shape.plain_start(block * shape.block_cells + at)
-                yield Window(block, at, count, plain, min(count * shape.plain_bytes, shape.size - plain))
+                plain = (block * shape.block_cells + at) * plain_bytes
+                yield Window(block, at, count, plain, min(count * plain_bytes, shape.size - plain))
                 at += count
 
     async def read(self, window: Window, out: memoryview) -> None:
@@ -119,7 +124,7 @@ class PartReader:
             entry = await self._moved(self._entry)
             if entry is None:
                 raise
-            self._entry = entry
+            self._entry, self._placed = entry, None
             job = await self._fetched(window)
         await self._open_or_rebuild(window, job, out)
 
@@ -164,18 +169,42 @@ class PartReader:
         return job
 
     def _job(self, window: Window) -> WindowJob:
-        run = self._run_of(window.block)
+        block = window.block
+        run, disks = self._place_of(block)
         return WindowJob(
             self._plane,
             self._owner,
             self._entry,
             window,
-            self.shape.block(window.block),
+            self._shape_of(block),
             run,
-            self._disks(run),
+            disks,
             self._bad,
             self.on_damage,
         )
+
+    def _shape_of(self, block: int) -> BlockShape:
+        if self._whole_block is not None:
+            if self._last_block < 0:
+                self._last_block = self.shape.blocks - 1
+            if block < self._last_block:
+                return self._whole_block
+        found = self.shape.block(block)
+        if found.sealed_bytes == self.shape.block_cells * self.shape.cell_bytes:
+            self._whole_block = found
+        return found
+
+    def _place_of(self, block: int) -> tuple[Run, tuple[str, ...]]:
+        """The run that has a block, and its disks. Raises DataDamaged."""
+        if self._placed is not None:
+            run, _ = self._placed
+            if run.first <= block < run.first + run.count:
+                return self._placed
+        run = self._run_of(block)
+        found = run, self._disks(run)
+        if not self._entry.small:  # where copies are changes with the partition's state
+            self._placed = found
+        return found
 
     def _run_of(self, block: int) -> Run:
         for run in self._entry.runs:
@@ -211,12 +240,11 @@ class PartReader:
         before the window.
         """
         at, index = 0, window.block * self.shape.block_cells + window.first
-        first, left = window.first % k, window.cells
+        first, left, open_chunks = window.first % k, window.cells, self._opener.open_chunks
         for cells in stripes:
             end = min(k, first + left)
-            for position in range(first, end):
-                at += self._opener.open_into(index, cells[position], out[at:])
-                index += 1
+            at = open_chunks(index, [cells[position] for position in range(first, end)], out, at)
+            index += end - first
             left -= end - first
             first = 0
         if left:  # the rest of ``out`` was not written, and holds another request's bytes

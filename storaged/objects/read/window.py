@@ -69,6 +69,8 @@ class WindowJob:
         self.shape = shape
         self.profile: Profile = run.profile
         self.k = run.k
+        self._full_stripes = shape.stripes(run.k) - (shape.last_bytes < shape.cell_bytes or shape.cells % run.k > 0)
+        """Of the first stripes of the block every cell is full."""
         self.disks = disks
         self._bad = bad
         self._gone: set[int] = set()
@@ -154,28 +156,29 @@ class WindowJob:
         NeedsTask.
         """
         reads, limit_s = self._reads, self._plane.limits.read_timeout_s
+        pending = reads.pending
         while True:
             more = reads.failures()
-            if reads:
+            if pending:
                 for position in reads.give_up(limit_s):
                     self._bad.add(self.disks[position])
                     self._plane.liveness.disk_late(self.disks[position], limit_s)
                     more += 1
                 if reads.stalled:
                     self._plane.counters.reads_hedged += 1
-                    more += len(reads)
+                    more += len(pending)
             if more:
                 reads.eager = True
                 self._ask_spares(more)
-            if (reads.eager or not reads) and self._complete():
+            if (reads.eager or not pending) and self._complete():
                 break
-            if not reads:
+            if not pending:
                 if self._spares == []:
                     raise self._too_few()
                 self._ask_spares(1)
             elif reads.watch(self._go_on, limit_s, math.inf if self._spares == [] else self._plane.hedge.seconds):
                 return False
-        if reads:
+        if pending:
             for position, for_s in reads.overtaken():
                 self._plane.liveness.disk_late(self.disks[position], for_s)
         return True
@@ -209,8 +212,7 @@ class WindowJob:
             try_ask = getattr(store, "try_ask_cells", None)  # of a RemoteFragmentStore
             if try_ask is not None:
                 expected = self._reads.expect(position, partial(self._on_found, row, count))
-                cell_bytes = (count - 1) * self.shape.cell_bytes + self._length(row + count - 1, position)
-                if try_ask(fragment, row, count, cell_bytes, expected.answer):
+                if try_ask(fragment, row, count, count * self.shape.cell_bytes, expected.answer):
                     return
                 self._reads.forget(expected)
             else:
@@ -224,13 +226,13 @@ class WindowJob:
             raise NeedsTask
         self._reads.begin(position, self._read(position, row, count))
 
-    def stripes(self) -> Iterator[Mapping[int, Buffer]]:
+    def stripes(self) -> Iterable[Mapping[int, Buffer]]:
         """The data cells of each stripe of the window, by position. Missing ones are rebuilt from k others, in memory
         that the next stripe overwrites. A stripe has at most k + m cells, so that takes microseconds.
         """
-        if self._plain:
-            yield from self.cells.values()
-            return
+        return self.cells.values() if self._plain else self._rebuilt_stripes()
+
+    def _rebuilt_stripes(self) -> Iterator[Mapping[int, Buffer]]:
         for stripe, cells in self.cells.items():
             missing = self._missing(stripe)
             yield self._rebuild(stripe, missing) if missing else cells
@@ -279,7 +281,7 @@ class WindowJob:
 
     def _complete(self) -> bool:
         k = self.k
-        return (self._plain and not self._reads) or all(
+        return (self._plain and not self._reads.pending) or all(
             len(cells) >= k or not self._missing(stripe) or len(self.known(stripe)) >= k
             for stripe, cells in self.cells.items()
         )
@@ -341,7 +343,7 @@ class WindowJob:
 
     def _take(self, position: int, row: int, count: int, found: CellRead) -> bool:
         """Keeps the cells. Whether every requested one arrived whole."""
-        whole, last, full = len(found.cells) == count, self.shape.stripes(self.k) - 1, self.shape.cell_bytes
+        whole, last, full = len(found.cells) == count, self._full_stripes, self.shape.cell_bytes
         for stripe, cell in enumerate(found.cells[:count], row):
             length = full if stripe < last else self._length(stripe, position)
             if cell is not None and len(cell) == length:
