@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from storaged import trace
-from storaged.errors import DataDamaged, ServiceUnavailable
+from storaged.errors import DataDamaged, PeerError, ServiceUnavailable
 from storaged.meta.names import RegisterName
 from storaged.objects.code import erasure, place
 from storaged.objects.code.geometry import BlockShape, PartShape
@@ -83,6 +83,8 @@ class PartReader:
         self._whole_block: BlockShape | None = None
         """The shape of all blocks before the last, once it was needed."""
         self._last_block = -1
+        self._far: bool | None = None
+        """Whether all disks of the last window are on other nodes. None: not known."""
 
     def windows(self, start: int, length: int, bytes_max: Callable[[], int]) -> Iterator[Window]:
         """The windows that hold the plaintext bytes ``start .. start + length - 1``, in order. A window lies in one
@@ -151,10 +153,29 @@ class PartReader:
     ) -> None:
         if error is None:
             try:
-                self._open(window, job.stripes(), job.k, out)
+                self.open_fetched(window, job, out)
             except SealBroken as broken:  # ``read`` finds out who lies
                 error = broken
         on_read(error)
+
+    def far_job(self, window: Window) -> WindowJob | None:
+        """What fetches the cells of a window whose disks are all on other nodes; else None, and ``read`` must be
+        awaited. Raises DataDamaged.
+        """
+        if self._entry.inline or self._entry.small:
+            return None
+        _, disks = self._place_of(window.block)
+        if self._far is None:
+            stores = self._plane.stores
+            try:
+                self._far = all(hasattr(stores.store(disk), "try_ask_cells") for disk in disks)
+            except PeerError:  # the layout in force does not name one of them
+                return None
+        return self._job(window) if self._far else None
+
+    def open_fetched(self, window: Window, job: WindowJob, out: memoryview) -> None:
+        """Opens what the job has fetched, to the front of ``out``. Raises SealBroken."""
+        self._open(window, job.stripes(), job.k, out)
 
     def _cells_of(self, copy: Buffer, window: Window) -> Iterator[Mapping[int, Buffer]]:
         """The window's cells of a whole copy, each as a stripe."""
@@ -202,6 +223,7 @@ class PartReader:
                 return self._placed
         run = self._run_of(block)
         found = run, self._disks(run)
+        self._far = None
         if not self._entry.small:  # where copies are changes with the partition's state
             self._placed = found
         return found

@@ -8,14 +8,12 @@ authenticated as a whole before its first byte leaves.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 from storaged.errors import DataDamaged, NoSuchKey, NoSuchVersion, ServiceUnavailable, StoragedError
 from storaged.objects.api import ObjectInfo
-from storaged.objects.background import cancel_all
 from storaged.objects.cache.buffers import WINDOW_SHARES, BufferPool, Lease, Transfer, window_bytes_for
 from storaged.objects.code.manifest import bound_parts, bound_parts_of, parts_of
 from storaged.objects.plane import ObjectPlane, OnDamage
@@ -25,6 +23,7 @@ from storaged.objects.read.find import Found, find
 from storaged.objects.read.part_reader import PartReader
 from storaged.objects.read.span import Span
 from storaged.objects.read.window import Window
+from storaged.objects.read.window_read import WindowRead
 from storaged.objects.records import BucketRecord, PartEntry, SealedPart
 from storaged.sov1 import TAG_BYTES, Opener, StreamKey, chunks_size
 from storaged.units import KIB, MIB
@@ -55,10 +54,10 @@ class _Job(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A window that is being read. ``plain[first:last]`` is sent once ``done``."""
+    """A window that is being read. ``plain[first:last]`` is sent once it has ended."""
 
-    done: asyncio.Task[None] | None
-    """None for the first window, which ``open`` reads."""
+    read: WindowRead | None
+    """None for a window that is open: ``open`` or ``try_open`` has read it."""
     lease: Lease
     first: int
     last: int
@@ -254,8 +253,8 @@ class VerifiedStream:
                     await self._start_next(only_if_room=True)
                 piece = self._pieces[0]
                 try:
-                    if piece.done is not None:
-                        await piece.done
+                    if piece.read is not None:
+                        await piece.read.finish()
                 except ServiceUnavailable as error:  # DataDamaged is one
                     raise await self._cause(error) from None
                 self._pieces.pop(0)
@@ -292,7 +291,9 @@ class VerifiedStream:
 
     async def close(self) -> None:
         """Safe to call twice."""
-        await cancel_all([piece.done for piece in self._pieces if piece.done is not None])
+        for piece in self._pieces:
+            if piece.read is not None:
+                await piece.read.close()
         self.release()
         if self._pages is not None:
             await self._pages.aclose()
@@ -327,7 +328,7 @@ class VerifiedStream:
         lease = pool.try_lease(size) if only_if_room else pool.lease_now(size) if now else await pool.lease(size)
         if lease is not None:
             self._next = None
-            self._pieces.append(_Piece(asyncio.create_task(reader.read(window, lease.view)), lease, first, last))
+            self._pieces.append(_Piece(WindowRead(reader, window, lease), lease, first, last))
 
     def _window_bytes(self) -> int:
         pool = self._plane.get_buffers
