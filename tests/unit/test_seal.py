@@ -300,3 +300,28 @@ def test_what_fills_a_chunk_is_no_part_of_one_chunk():
     header, sealed = sealed_part(bytes(4080))
     with pytest.raises(SealBroken, match="only chunk"):
         part_key(DEK, header, DATA_ID, 1).open_only(sealed[:4096])
+
+
+@pytest.mark.parametrize("size", [0, 1, 4079, 4080, 4081, 5 * 4080, 5 * 4080 + 7])
+@pytest.mark.parametrize("sized", [True, False])
+def test_chunks_that_lie_apart_open_as_they_do_together(size: int, sized: bool) -> None:
+    plain = pattern(size)
+    header, sealed = sealed_part(plain)
+    opener = Opener(part_key(DEK, header, DATA_ID, 1), size if sized else None)
+    chunks = [sealed[at : at + 4096] for at in range(0, len(sealed), 4096)]
+    out = bytearray(b"\xee" * (size + 20))
+    middle = len(chunks) // 2
+    at = opener.open_chunks(0, chunks[:middle], memoryview(out), 10)
+    assert at == 10 + middle * 4080
+    assert opener.open_chunks(middle, chunks[middle:], memoryview(out), at) == 10 + size
+    assert out == b"\xee" * 10 + plain + b"\xee" * 10
+    for number in range(len(chunks)):
+        broken = [bytearray(chunk) for chunk in chunks]
+        broken[number][len(broken[number]) // 2] ^= 1
+        with pytest.raises(SealBroken) as caught:
+            opener.open_chunks(0, broken, memoryview(out), 10)
+        assert caught.value.index == number
+    with pytest.raises(SealBroken):
+        opener.open_chunks(1, chunks, memoryview(out), 10)
+    with pytest.raises(SealBroken):
+        opener.open_chunks(0, [*chunks[:-1], chunks[-1] + b"\0"], memoryview(out), 10)

@@ -2,8 +2,8 @@
 
 ``try_hold`` and ``hold_whole`` open what came with its record.
 
-``VerifiedStream`` reads the next window while one is sent. A window is what ``part_reader`` reads at once; it is
-authenticated as a whole before its first byte leaves.
+``VerifiedStream`` reads the next window while one is sent (``window_read``). A window is what ``part_reader`` reads at
+once; it is authenticated as a whole before its first byte leaves.
 """
 
 from __future__ import annotations
