@@ -11,7 +11,7 @@ from storaged.objects.background import Counters
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read import get
 from storaged.objects.write import complete, copy, delete, locks, multipart, put, rename, uploads
-from storaged.objects.write.blocks import INLINE_BYTES_MAX
+from storaged.objects.write.blocks import SOON_BYTES_MAX
 
 
 class ObjectService:
@@ -21,7 +21,7 @@ class ObjectService:
 
     def __init__(self, plane: ObjectPlane) -> None:
         self.plane = plane
-        self.small_bytes_max = min(plane.small_bytes_max, INLINE_BYTES_MAX)
+        self.small_bytes_max = min(plane.small_bytes_max, SOON_BYTES_MAX)
         self.put = partial(put.put, plane)
         self.try_put = partial(put.try_put, plane)
         self.head = partial(get.head, plane)

@@ -222,7 +222,12 @@ class Responder:
             exchange.admitted = True
             if request._grant is None:
                 return None
-            return attempt if attempt.prepare is None or attempt.prepare(front, request) else None
+            if attempt.prepare is not None and not attempt.prepare(front, request):
+                return None
+            kept_bytes = body.length if body.bounded and body.length is not None else 0
+            if kept_bytes > front.endpoint.limits.read_buffer_bytes and not exchange.connection.take_memory(kept_bytes):
+                return None
+            return attempt
         except Exception as error:
             exchange.reply = self._failure(request, error)
             return None

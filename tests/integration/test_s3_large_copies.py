@@ -8,6 +8,7 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import itertools
 import os
 import re
 import socket
@@ -20,7 +21,20 @@ import pytest_asyncio
 from storaged.objects.cache.buffers import _is_free
 from storaged.objects.configuration.kinds import ENABLED, VERSIONING, Versioning
 from storaged.objects.records import decode_object
-from tests.integration.s3_front import ACCESS, REGION, SECRET, World, ask, break_off, crc32, s3_world, signed, until
+from storaged.s3.http.limits import Limits
+from tests.integration.s3_front import (
+    ACCESS,
+    REGION,
+    SECRET,
+    World,
+    ask,
+    break_off,
+    crc32,
+    read_head,
+    s3_world,
+    signed,
+    until,
+)
 from tests.integration.test_s3_soon_put import chunked
 
 KIB = 1024
@@ -232,17 +246,79 @@ async def test_a_form_has_its_file_stored_whatever_its_size(world: World, size: 
     assert await body_of_get(world) == data
 
 
+@pytest.mark.parametrize("size", [64 * KIB + 1, 128 * KIB, LARGEST])
+@pytest.mark.parametrize("first", [0, 1, 50 * KIB, 64 * KIB])
+async def test_a_plain_body_is_taken_without_the_task_in_whatever_pieces_it_comes(
+    world: World, size: int, first: int
+) -> None:
+    """``first``: bytes of it that come with the head. The rest comes in three pieces, the last with the next request
+    behind it."""
+    data = os.urandom(size)
+    request = signed(world, "PUT", "/bucket/key", body=data)
+    head = request.index(b"\r\n\r\n") + 4
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    ends = sorted({head + first, min(head + first + 700, len(request)), len(request) - 5, len(request)})
+    for begin, end in itertools.pairwise([0, *ends]):
+        behind = signed(world, "HEAD", "/bucket/key") if end == len(request) else b""
+        writer.write(request[begin:end] + behind)
+        await asyncio.sleep(0.01)
+    for _ in range(2):
+        assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
+    writer.close()
+    assert len(world.objects.put_answers) == 1
+    assert form_of(world) == "copies"
+    assert await world.stored() == {b"key": data}
+    assert world.app._connections is not None
+    assert world.app._connections.whole_bytes == 0
+
+
+async def test_bodies_beyond_the_memory_of_callbacks_are_the_tasks() -> None:
+    size = 128 * KIB
+    async with s3_world(Limits(whole_bytes_max=2 * size), small_bytes_max=LARGEST) as world:
+        await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
+        bodies = {f"key{number}": os.urandom(size) for number in range(4)}
+        clients = []
+        for key, body in bodies.items():
+            request = signed(world, "PUT", f"/bucket/{key}", body=body)
+            reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+            writer.write(request[:-1])
+            clients.append((reader, writer, request[-1:]))
+        await until(lambda: world.objects.plane.fill_buffers.bytes_leased >= 2 * size)
+        assert world.app._connections is not None
+        assert world.app._connections.whole_bytes == 2 * size
+        for reader, writer, rest in clients:
+            writer.write(rest)
+            assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
+            writer.close()
+        assert len(world.objects.put_answers) == 2
+        assert await world.stored() == {key.encode(): body for key, body in bodies.items()}
+        assert world.app._connections.whole_bytes == 0
+        assert leased(world) == 0
+
+
 @pytest.mark.parametrize("size", [64 * KIB + 1, LARGEST])
 @pytest.mark.parametrize("sent", [10, 60 * KIB])
-async def test_a_client_that_goes_in_the_middle_of_its_body_leaves_nothing(world: World, size: int, sent: int) -> None:
+@pytest.mark.parametrize("whole_bytes_max", [0, LARGEST], ids=["task", "callbacks"])
+async def test_a_client_that_goes_in_the_middle_of_its_body_leaves_nothing(
+    size: int, sent: int, whole_bytes_max: int
+) -> None:
+    async with s3_world(Limits(whole_bytes_max=whole_bytes_max), small_bytes_max=LARGEST) as world:
+        await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
+        await break_off_in_the_middle(world, size, sent, whole_bytes_max)
+
+
+async def break_off_in_the_middle(world: World, size: int, sent: int, whole_bytes_max: int) -> None:
     request = signed(world, "PUT", "/bucket/key", body=os.urandom(size))
     end = request.index(b"\r\n\r\n") + 4 + sent
     _, writer = await asyncio.open_connection("127.0.0.1", world.port)
     writer.write(request[:end])
-    await until(lambda: world.objects.plane.fill_buffers.bytes_leased >= size)
+    connections = world.app._connections
+    assert connections is not None
+    await until(lambda: connections.whole_bytes == size or world.objects.plane.fill_buffers.bytes_leased >= size)
+    assert bool(connections.whole_bytes) == bool(whole_bytes_max)
     break_off(writer)
     await until(lambda: world.app.statistics().requests_in_flight == 0)
-    assert leased(world) == 0
+    assert leased(world) == connections.whole_bytes == 0
     assert await world.stored() == {}
 
 

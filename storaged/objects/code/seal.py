@@ -8,8 +8,8 @@ they become a version.
 from __future__ import annotations
 
 from storaged.ids import DATA_ID_BYTES
-from storaged.sov1 import TAG_BYTES, Sealer, StreamKey, chunk_bytes_for, seal_one, stream_key
-from storaged.wire import Buffer
+from storaged.sov1 import TAG_BYTES, Sealer, StreamKey, chunk_bytes_for, chunks_size, seal_one, stream_key
+from storaged.wire import Buffer, unfilled
 
 PART_LABEL = "sov.part.v1"
 META_LABEL = "sov.meta.v1"
@@ -23,17 +23,16 @@ def _part_context(data_id: bytes, part_number: int) -> bytes:
     return data_id + part_number.to_bytes(4, "big")
 
 
-def seal_part(dek: bytes, data_id: bytes, part_number: int, plaintext: Buffer, salt: bytes) -> tuple[bytes, bytes]:
+def seal_part(dek: bytes, data_id: bytes, part_number: int, plaintext: Buffer, salt: bytes) -> tuple[bytes, Buffer]:
     """(header, chunks one after the other) of a part that is kept whole. It is one chunk, of the smallest size that
     holds it, or several of 64 KiB. ``salt``: 24 fresh random bytes for every attempt.
     """
     chunk_bytes, size = chunk_bytes_for(len(plaintext), 1), len(plaintext)
     if size < chunk_bytes - TAG_BYTES:
         return seal_one(dek, PART_LABEL, _part_context(data_id, part_number), chunk_bytes, plaintext, salt)
-    sealer, view = PartSealer(dek, data_id, part_number, chunk_bytes, salt), memoryview(plaintext)
-    starts = range(0, size + 1, sealer.plain_bytes)  # after chunks that are all full, an empty one ends the stream
-    chunks = [sealer.seal(index, view[start : start + sealer.plain_bytes]) for index, start in enumerate(starts)]
-    return sealer.header, b"".join(chunks)
+    sealer, sealed = PartSealer(dek, data_id, part_number, chunk_bytes, salt), unfilled(chunks_size(size, chunk_bytes))
+    sealer.seal_block(0, plaintext, memoryview(sealed), last=True)
+    return sealer.header, sealed
 
 
 def part_key(dek: bytes, header: bytes, data_id: bytes, part_number: int) -> StreamKey:

@@ -20,6 +20,11 @@ HELD_LEFT_MIN = 0.5
 others that change the key.
 """
 
+SOON_BYTES_MAX = 256 * KIB
+"""Up to this much plaintext that has arrived whole is hashed and sealed on the event loop, for copies: 1 ms or less.
+The task, the thread and the leases of pools that it spares cost a third of a millisecond (benches/HISTORY.md).
+"""
+
 INLINE_BYTES_MAX = 64 * KIB
 """Up to this much plaintext is hashed, sealed and coded on the event loop, in 0.2 ms. A thread would have to get the
 interpreter back after each of the native calls (40 to 100 us).

@@ -51,7 +51,7 @@ from storaged.objects.records import (
     PartEntry,
     Version,
 )
-from storaged.objects.write.blocks import NewPart
+from storaged.objects.write.blocks import INLINE_BYTES_MAX, NewPart
 from storaged.objects.write.checksums import FULL_OBJECT, digest_of
 from storaged.objects.write.commit import commit, count_put
 from storaged.objects.write.loans import let_go
@@ -59,7 +59,7 @@ from storaged.objects.write.locks import lock_of_new
 from storaged.objects.write.outbox import Outgoing, rules_of
 from storaged.objects.write.outbox import outgoing as outgoing_of
 from storaged.objects.write.retire import retire_removed
-from storaged.objects.write.sealing import Sealed, seal_small, sealed_body
+from storaged.objects.write.sealing import Sealed, plan_of, seal_small, sealed_body
 from storaged.objects.write.versioned import VersionsUpdate, unlocked
 from storaged.wire import Buffer
 
@@ -145,6 +145,8 @@ def try_put(
     ):
         return False
     write = admit(plane, bucket, key, bucket_key, NewObject(meta, owner, conditions))
+    if len(plain) > INLINE_BYTES_MAX and plan_of(plane, write.part) is None:
+        return False  # before a digest that the task would compute again
     sealed = seal_small(plane, write.part, plain, digest_of(plain, checks))
     if sealed is None:
         return False

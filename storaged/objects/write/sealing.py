@@ -7,8 +7,8 @@
   (``writer``). So is one of more than ``INLINE_BYTES_MAX`` whose size is not known before it has arrived.
 
 In the first two forms nothing is on a disk yet when the body is sealed; the commit brings it there. A body of up to
-``INLINE_BYTES_MAX`` is read whole, digested and sealed on the event loop. Larger ones take memory of the pools, and a
-thread digests and seals them.
+``INLINE_BYTES_MAX`` is read whole, digested and sealed on the event loop; so is one of up to ``SOON_BYTES_MAX`` that a
+front without a task has whole (``put.try_put``). Others take memory of the pools, and a thread digests and seals them.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ async def sealed_body(plane: ObjectPlane, part: NewPart, body: Body, checks: Bod
             return
         source = _arrived(plain, found)
     assert source is not None
-    copied = checks.size is not None and whole_max < checks.size <= copied_max and _plan_of(plane, part) is not None
+    copied = checks.size is not None and whole_max < checks.size <= copied_max and plan_of(plane, part) is not None
     async with _copied(plane, part, source) if copied else _coded(plane, part, source) as sealed:
         yield sealed
 
@@ -148,7 +148,7 @@ async def _copied(plane: ObjectPlane, part: NewPart, source: Source) -> AsyncIte
 
         span = trace.current()
         sealed, copy_hash = await plane.in_thread(work)
-        digest, plan = source.finish(), _plan_of(plane, part)
+        digest, plan = source.finish(), plan_of(plane, part)
         if plan is not None:
             filling.release()
             yield _copies_of(plane, part, plan, digest, sealer.header, sealed, copy_hash)
@@ -176,15 +176,15 @@ def seal_small(plane: ObjectPlane, part: NewPart, plain: Buffer, digest: Digest)
     dek, data_id, number, target = part.dek, part.data_id, part.sealed_number, plane.layouts.current.target_text
     inline = len(plain) + TAG_BYTES <= plane.limits.inline_sealed_bytes_max
     plan = None
-    if plane.layouts.current.spreads or (not inline and (plan := _plan_of(plane, part)) is None):
+    if plane.layouts.current.spreads or (not inline and (plan := plan_of(plane, part)) is None):
         return None
     header, sealed = seal_part(dek, data_id, number, plain, plane.entropy(SALT_BYTES))
     if plan is None:
-        return Sealed(PartEntry(number, data_id, digest.size, header, 1, target, (), sealed), digest)
+        return Sealed(PartEntry(number, data_id, digest.size, header, 1, target, (), bytes(sealed)), digest)
     return _copies_of(plane, part, plan, digest, header, sealed, fragment_hash((sealed,)))
 
 
-def _plan_of(plane: ObjectPlane, part: NewPart) -> CopyPlan | None:
+def plan_of(plane: ObjectPlane, part: NewPart) -> CopyPlan | None:
     """Where an object's copies go. None: too few of the register's disks can take copies now, or the layout trusts no
     operator alone, so that none may have a whole copy.
     """

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
 
 from storaged.errors import MaxMessageLengthExceeded, XAmzContentSHA256Mismatch
-from storaged.s3.http.body_input import BodyInput, Source
+from storaged.s3.http.body_input import DIRECT_BYTES_MIN, BodyInput, Source
 from storaged.s3.http.limits import Limits
 from storaged.units import KIB
 from storaged.wire import Buffer
@@ -23,9 +23,6 @@ HASH_INLINE_BYTES_MAX = 64 * KIB
 
 WHOLE_BYTES_MAX = 64 * KIB
 """As much as any body has that is read by ``whole``."""
-
-DIRECT_BYTES_MIN = 16 * KIB
-"""Less room than this in a reader's memory is filled by copying."""
 
 VIEWS_MAX = 4
 """Up to this many pieces of one read are passed on as views; more are joined. A view of one byte takes 200 bytes, and

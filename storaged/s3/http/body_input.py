@@ -18,11 +18,14 @@ from storaged.errors import BadRequest, S3Error
 from storaged.s3.http.chunks import TransferChunks
 from storaged.s3.http.limits import Limits
 from storaged.units import KIB
-from storaged.wire import Buffer
+from storaged.wire import Buffer, unfilled
 
 JOINED_BYTES_MAX = 4 * KIB
 """A kept piece smaller than this is joined with a next one that is: an object of its own takes 100 bytes, however few a
 client's segments bring."""
+
+DIRECT_BYTES_MIN = 16 * KIB
+"""Less room than this in a reader's memory is filled by copying."""
 
 
 class Source(Protocol):
@@ -97,6 +100,8 @@ class BodyInput:
     _budget: int | None = None
     """Bytes that may still be dropped; None: the body is kept."""
     _admitted = False
+    _whole: memoryview | None = None
+    """The memory of a body that is received into one piece."""
 
     def __init__(self, source: Source, length: int | None, limits: Limits) -> None:
         """``length``: Content-Length, or None for a chunked body."""
@@ -170,6 +175,22 @@ class BodyInput:
         """No reader waits, and the whole body is not waited for, or it may be too large to be kept."""
         return (self.waiter is None or self.waiter.done()) and (self.on_whole is None or not self.bounded)
 
+    def receive_whole(self) -> None:
+        """Receives the rest of a bounded body without a buffer in between, unless it is short: all of it becomes one
+        piece.
+        """
+        length = self.length
+        if self._left < DIRECT_BYTES_MIN or length is None or self.destination is not None:
+            return
+        self._whole = whole = memoryview(unfilled(length))
+        begin = 0
+        for piece in self._received:
+            whole[begin : begin + len(piece)] = piece
+            begin += len(piece)
+        self._received.clear()
+        self._kept_bytes = 0
+        self.destination = whole[begin:]
+
     def received(self, count: int) -> None:
         """``count`` bytes were received into ``destination``."""
         destination = self.destination
@@ -181,6 +202,9 @@ class BodyInput:
             self.destination = destination[count:]
             return
         self.destination = None
+        if self._whole is not None:
+            whole, self._whole = self._whole, None
+            self._keep(whole)
         if not self._left:
             self._end()
         self._wake()
@@ -194,7 +218,7 @@ class BodyInput:
             self._wake()
             return
         self._error = error
-        self.destination = None
+        self.destination = self._whole = None
         self._source.on_body_done()
         self._wake()
         if self.on_whole is not None:

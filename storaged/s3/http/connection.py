@@ -53,6 +53,7 @@ class Owner(Protocol):
     unauthenticated: UnauthenticatedClients
     try_begin: Callable[[Connection, bytes, int], bool] | None
     requests_in_flight: int
+    whole_bytes: int
 
     def admit(self, connection: Connection) -> bool: ...
 
@@ -71,8 +72,8 @@ class Connection(asyncio.BufferedProtocol):
 
     __slots__ = (
         "_answering", "_body", "_client", "_ended", "_handed_over", "_has_place", "_head_waiter", "_input", "_owner",
-        "_reading_paused", "_write_waiter", "_yielded", "first_byte_ns", "lost", "paused", "progress", "remote",
-        "secure", "transport",
+        "_reading_paused", "_whole_bytes", "_write_waiter", "_yielded", "first_byte_ns", "lost", "paused", "progress",
+        "remote", "secure", "transport",
     )  # fmt: skip
 
     def __init__(self, owner: Owner) -> None:
@@ -92,6 +93,8 @@ class Connection(asyncio.BufferedProtocol):
         """The request that callbacks began and left to the task."""
         self._has_place = False
         """The current request is authenticated, and counts as in flight."""
+        self._whole_bytes = 0
+        """Memory that the current request's body has of what such bodies may have together."""
         self._client: UnauthenticatedClient | None = None
         """None once the first request is authenticated."""
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
@@ -132,6 +135,8 @@ class Connection(asyncio.BufferedProtocol):
             self._on_head(bytes(self._owner.scratch[:nbytes]))
         elif body.destination is not None:
             body.received(nbytes)
+            if body.on_whole is not None and body.complete:
+                body.report_whole()
         else:
             body.feed(bytes(self._owner.scratch[:nbytes]))
             if body.on_whole is not None and (body.complete or self._reading_paused):
@@ -215,6 +220,8 @@ class Connection(asyncio.BufferedProtocol):
             then()
             return
         body.on_whole = partial(self._body_over, then)
+        if body.bounded:
+            body.receive_whole()
         if self._reading_paused:
             self._resume_reading()
         self.progress.wait(BODY)
@@ -269,8 +276,19 @@ class Connection(asyncio.BufferedProtocol):
         """As many requests are in flight as may be."""
         return self._owner.requests_in_flight >= self._owner.limits.requests_max
 
+    def take_memory(self, count: int) -> bool:
+        """Memory for a body that callbacks answer, until the request has been answered. False: others have it now."""
+        if self._owner.whole_bytes + count > self._owner.limits.whole_bytes_max:
+            return False
+        self._owner.whole_bytes += count
+        self._whole_bytes += count
+        return True
+
     def release_place(self) -> None:
         """The request has been answered."""
+        if self._whole_bytes:
+            self._owner.whole_bytes -= self._whole_bytes
+            self._whole_bytes = 0
         if self._has_place:
             self._has_place = False
             self._owner.requests_in_flight -= 1

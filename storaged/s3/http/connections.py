@@ -49,6 +49,8 @@ class Connections:
         """TLS handshakes under way (``tls``)."""
         self.requests_in_flight = 0
         """Authenticated requests that are not answered yet."""
+        self.whole_bytes = 0
+        """Memory of large bodies that callbacks answer; see ``Connection.take_memory``."""
         self.refused_total = 0
         self.open: set[Connection] = set()
         self._converse = converse

@@ -44,6 +44,9 @@ class Limits:
     linger_bytes_max: int = 256 * MIB
     read_buffer_bytes: int = 64 * KIB
     """Unread bytes of one connection before back-pressure reaches its socket. The last read may add up to 64 KiB."""
+    whole_bytes_max: int = 32 * MIB
+    """Memory of all bodies together that are longer than ``read_buffer_bytes`` and kept whole, for callbacks. Those
+    beyond are read by tasks, into memory of the pools."""
     unauthenticated_connections_max: int = 2048
     """Per address: connections that have not authenticated. Beyond, the oldest is closed (``unauthenticated``)."""
     unauthenticated_requests_max: int = 256

@@ -109,7 +109,10 @@ def _prepare_put(front: Front, request: Request) -> bool:
         return False
     request.new_owner = found[0]
     size = request.put_arguments[1].size
-    return size is not None and size <= front.objects.small_bytes_max
+    bytes_max = front.objects.small_bytes_max
+    if not request.body.bounded:  # no more of it than this is kept
+        bytes_max = min(bytes_max, front.endpoint.limits.read_buffer_bytes)
+    return size is not None and size <= bytes_max
 
 
 def _try_put(front: Front, request: Request, on_reply: OnReply) -> bool:
