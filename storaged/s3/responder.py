@@ -224,8 +224,8 @@ class Responder:
                 return None
             if attempt.prepare is not None and not attempt.prepare(front, request):
                 return None
-            kept_bytes = body.length if body.bounded and body.length is not None else 0
-            if kept_bytes > front.endpoint.limits.read_buffer_bytes and not exchange.connection.take_memory(kept_bytes):
+            large = body.length is not None and body.length > front.endpoint.limits.read_buffer_bytes
+            if large and body.bounded and not exchange.connection.take_memory(body.length or 0):
                 return None
             return attempt
         except Exception as error:

@@ -176,11 +176,11 @@ class BodyInput:
         return (self.waiter is None or self.waiter.done()) and (self.on_whole is None or not self.bounded)
 
     def receive_whole(self) -> None:
-        """Receives the rest of a bounded body without a buffer in between, unless it is short: all of it becomes one
-        piece.
+        """Receives the rest of a body without a buffer in between, if it is ``bounded`` and not short: all of it
+        becomes one piece.
         """
         length = self.length
-        if self._left < DIRECT_BYTES_MIN or length is None or self.destination is not None:
+        if self._left < DIRECT_BYTES_MIN or length is None or not self.bounded:
             return
         self._whole = whole = memoryview(unfilled(length))
         begin = 0

@@ -220,8 +220,7 @@ class Connection(asyncio.BufferedProtocol):
             then()
             return
         body.on_whole = partial(self._body_over, then)
-        if body.bounded:
-            body.receive_whole()
+        body.receive_whole()
         if self._reading_paused:
             self._resume_reading()
         self.progress.wait(BODY)

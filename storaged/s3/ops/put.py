@@ -109,10 +109,9 @@ def _prepare_put(front: Front, request: Request) -> bool:
         return False
     request.new_owner = found[0]
     size = request.put_arguments[1].size
-    bytes_max = front.objects.small_bytes_max
-    if not request.body.bounded:  # no more of it than this is kept
-        bytes_max = min(bytes_max, front.endpoint.limits.read_buffer_bytes)
-    return size is not None and size <= bytes_max
+    if size is None or size > front.objects.small_bytes_max:
+        return False
+    return size <= front.endpoint.limits.read_buffer_bytes or request.body.bounded  # others are not kept whole
 
 
 def _try_put(front: Front, request: Request, on_reply: OnReply) -> bool:
