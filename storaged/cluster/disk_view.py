@@ -21,8 +21,7 @@ from storaged.cluster.disks_seen import DisksSeen
 from storaged.cluster.layouts import LayoutBook
 from storaged.cluster.ports import DiskStatus
 from storaged.cluster.sparing import ABSENT, UNREACHABLE
-from storaged.disk_states import FAILED, FULL, NO, OK, SLOW, STATES, YES, left_out, of, outliers
-from storaged.errors import PeerError
+from storaged.disk_states import FAILED, NO, OK, SLOW, STATES, YES, left_out, of, outliers
 
 log = structlog.get_logger(__name__)
 
@@ -119,12 +118,6 @@ class DiskView:
     def disk_late(self, disk_id: str, for_s: float) -> None:
         self.seen.late(disk_id, for_s)
 
-    def disk_refused(self, disk_id: str, error: PeerError) -> None:
-        disk = self._reported.get(disk_id)
-        if disk is not None and disk.state == OK and error.details.get("state") == FULL:
-            self._reported = {**self._reported, disk_id: replace(disk, state=FULL, reason=str(error))}
-            self._judge()
-
     def disk_answered(self, disk_id: str) -> None:
         self.seen.answered(disk_id)
 
@@ -164,4 +157,4 @@ class DiskView:
 
 def is_full(disk: DiskStatus) -> bool:
     """See ``Liveness.disks_full``."""
-    return disk.state == FULL or (disk.few and of(disk.state).rights.reads is not NO)
+    return disk.state == "full" or (disk.few and of(disk.state).rights.reads is not NO)

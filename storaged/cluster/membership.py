@@ -171,7 +171,6 @@ class Membership:
             view.disk_prompt,
         )
         self.disk_late, self.disk_answered = view.disk_late, view.disk_answered
-        self.disk_refused = view.disk_refused
         self.disks_full, self.disk_takes_rows = view.disks_full, view.disk_takes_rows
         self._watchers: list[Callable[[NodeStatus], None]] = []
         self._running = False

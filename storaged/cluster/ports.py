@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 from storaged.cluster.layout import Layout
 from storaged.cluster.partition_map import PartitionMap
 from storaged.cluster.partitions import PartitionState
-from storaged.errors import PeerError, StoragedError
+from storaged.errors import StoragedError
 from storaged.wire import Buffer, Message
 
 T = TypeVar("T", bound=Message)
@@ -237,9 +237,6 @@ class Liveness(Protocol):
 
     def disk_late(self, disk_id: str, for_s: float) -> None:
         """The caller gave up a call to this disk after so long, while others had answered."""
-
-    def disk_refused(self, disk_id: str, error: PeerError) -> None:
-        """The disk refused the caller's write. When it is full, that counts until its node says more."""
 
     def disk_answered(self, disk_id: str) -> None:
         """The disk answered a call in time. Needed only where ``disk_late`` may be called."""

@@ -220,10 +220,6 @@ class Disks:
     def disk_late(self, disk_id: str, for_s: float) -> None:
         self.late.append(disk_id)
 
-    def disk_refused(self, disk_id: str, error: PeerError) -> None:
-        if error.details.get("state") == "full":
-            self.known_full |= {disk_id}
-
     def disk_answered(self, disk_id: str) -> None:
         pass
 

@@ -253,9 +253,6 @@ class Alive:
     def disk_late(self, disk_id: str, for_s: float) -> None:
         self.late.append(disk_id)
 
-    def disk_refused(self, disk_id: str, error: PeerError) -> None:
-        pass
-
     def disk_answered(self, disk_id: str) -> None:
         pass
 

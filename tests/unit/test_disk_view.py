@@ -187,19 +187,3 @@ def test_replicas_that_did_not_answer_are_asked_last_for_a_while(seen: DisksSeen
     assert not seen.doubted
     time.now_s += UNRESPONSIVE_S - 0.5
     assert seen.last(("a", "b", "c")) == ["a", "c", "b"]
-
-
-def test_a_disk_that_refused_a_write_as_full_is_full_until_its_node_says_more(world: World) -> None:
-    refusal = DiskUnusable("the disk is full up to its reserve: 1.0 GiB are free", state="full")
-    world.view.disk_refused("a0", DiskUnusable("a write failed", state="read-only"))
-    world.view.disk_refused("a0", PeerTimeout())
-    world.view.disk_refused("z9", refusal)
-    assert (world.used_for("a0"), world.view.disks_full()) == ("rwp", frozenset())
-    world.view.disk_refused("a0", refusal)
-    assert (world.used_for("a0"), world.view.disks_full()) == ("rp", {"a0"})
-    assert world.view.disk_takes_rows("a0")
-    world.tell()
-    assert (world.used_for("a0"), world.view.disks_full()) == ("rwp", frozenset())
-    world.tell("b0", "hung")
-    world.view.disk_refused("b0", refusal)
-    assert (world.used_for("b0"), world.view.disks_full()) == ("", frozenset())

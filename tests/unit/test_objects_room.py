@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pytest
 
@@ -18,8 +17,8 @@ TINY, LARGE = os.urandom(100), os.urandom(100_000)
 
 
 class Filling:
-    def __init__(self, **world: Any) -> None:
-        self.world = World(**world)
+    def __init__(self) -> None:
+        self.world = World()
         self.bucket = bucket_of(self.world)
         self.objects = ObjectService(self.world.plane())
         self.all = frozenset(self.world.disks.disks)
@@ -52,20 +51,6 @@ async def test_a_full_cluster_takes_nothing_and_one_full_disk_stops_nothing() ->
     filling.full()
     assert await filling.taken(TINY)
     assert await filling.taken(LARGE)
-    await filling.objects.close()
-
-
-@pytest.mark.parametrize("far", [False, True])
-async def test_disks_that_refuse_before_their_nodes_call_them_full_are_full(
-    far: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    filling = Filling(far=far)
-    disks = filling.world.disks
-    monkeypatch.setattr(disks, "disk_writable", lambda disk: disk not in disks.known_full)
-    for disk in disks.disks.values():
-        disk.full = True
-    with pytest.raises(InsufficientStorage, match=f"{len(filling.all)} of {len(filling.all)} disks are full"):
-        await put(filling.objects, filling.bucket, os.urandom(1_000_000))
     await filling.objects.close()
 
 

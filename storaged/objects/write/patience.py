@@ -138,12 +138,6 @@ def begin_write(
     on_result: OnResult,
 ) -> GiveUp:
     """Begins to write a fragment, without a task where its store can do that. The result: whether the disk has it."""
-
-    def end(error: PeerError | None) -> None:
-        if error is not None:
-            plane.liveness.disk_refused(disk, error)
-        on_result(error is None)
-
     try:
         store = plane.stores.store(disk)
     except PeerError:
@@ -151,17 +145,16 @@ def begin_write(
         return _nothing
     try_write: TryWrite | None = getattr(store, "try_write", None)
     if try_write is not None:
-        give_up = try_write(header, payload, end, sync=sync, check=check)
+        give_up = try_write(header, payload, lambda error: on_result(error is None), sync=sync, check=check)
         if give_up is not None:
             return give_up
-    return in_task(plane, _written(plane, disk, store.write(header, payload, sync=sync, check=check)), on_result)
+    return in_task(plane, _written(store.write(header, payload, sync=sync, check=check)), on_result)
 
 
-async def _written(plane: ObjectPlane, disk: str, writing: Awaitable[None]) -> bool:
+async def _written(writing: Awaitable[None]) -> bool:
     try:
         await writing
-    except PeerError as error:
-        plane.liveness.disk_refused(disk, error)
+    except PeerError:
         return False
     return True
 
