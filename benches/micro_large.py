@@ -69,10 +69,8 @@ class _Bulk:
     def open(self, blocks: list[list[memoryview]]) -> None:
         index = 0
         for cells in blocks:
-            at = 0
-            for cell in cells:
-                at += self._opener.open_into(index, cell, self._out[at:])
-                index += 1
+            self._opener.open_chunks(index, cells, self._out, 0)
+            index += len(cells)
 
     async def least_us(self) -> tuple[float, float]:
         """Of fetching, and of opening."""

@@ -305,21 +305,11 @@ class Opener:
         except InvalidTag:
             raise SealBroken(f"chunk {index} does not open", index=index) from None
 
-    def open_into(self, index: int, sealed: Buffer, out: memoryview) -> int:
-        """As ``open``, to the front of ``out``; returns the plaintext's length. After SealBroken do not use ``out``."""
-        length = len(sealed)
-        if not (0 <= index < self._full and length == self.chunk_bytes):
-            self._check(index, length)
-        length -= TAG_BYTES
-        try:
-            self._cipher.decrypt_into((self._nonce ^ index).to_bytes(_NONCE_BYTES, "big"), sealed, None, out[:length])
-        except InvalidTag:
-            raise SealBroken(f"chunk {index} does not open", index=index) from None
-        return length
-
     def open_chunks(self, first: int, chunks: Sequence[Buffer], out: memoryview, at: int) -> int:
-        """As ``open_into`` for each of consecutive chunks from index ``first`` on, to ``out[at:]``; returns where their
+        """Opens consecutive chunks from index ``first`` on, which may lie apart, to ``out[at:]``; returns where their
         plaintext ends. One call for all of them, for a GET opens sixteen chunks for each MiB.
+
+        Raises SealBroken whose ``index`` is the first chunk that does not open; then do not use ``out``.
         """
         decrypt_into, nonce, full = self._cipher.decrypt_into, self._nonce, self.chunk_bytes
         for index, sealed in enumerate(chunks, first):
@@ -335,18 +325,11 @@ class Opener:
         return at
 
     def open_block(self, first: int, sealed: Buffer, out: memoryview) -> int:
-        """Opens consecutive chunks from index ``first`` on; returns the bytes of plaintext written to ``out``.
-
-        Raises SealBroken whose ``index`` is the first chunk that does not open; then do not use ``out``.
+        """As ``open_chunks``, of chunks that lie one after the other; returns the bytes of plaintext written to
+        ``out``.
         """
-        view = memoryview(sealed)
-        at = 0
-        for number in range(-(-len(view) // self.chunk_bytes)):
-            start = number * self.chunk_bytes
-            at += self.open_into(
-                first + number, view[start : start + self.chunk_bytes], out[at : at + self.plain_bytes]
-            )
-        return at
+        view, full = memoryview(sealed), self.chunk_bytes
+        return self.open_chunks(first, [view[at : at + full] for at in range(0, len(view), full)], out, 0)
 
     def _check(self, index: int, length: int) -> None:
         if not 0 <= index < CHUNKS_MAX or not TAG_BYTES <= length <= self.chunk_bytes:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import msgspec
 import xxhash
-from xxhash import xxh3_64_digest
 
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing
 from storaged.fragments.damage import HEAD_CELL
@@ -203,8 +202,7 @@ class Reader:
             at = cell * full - start
             width = min(full, length - at)
             piece = cell_data[at : at + width]
-            # ``cell_holds``, without the call: it runs for each cell of each GET
-            if len(piece) == width and xxh3_64_digest(piece) == sums[8 * cell : 8 * cell + 8]:
+            if len(piece) == width and cell_holds(piece, sums, cell):
                 cells.append(piece)
             else:
                 cells.append(None)

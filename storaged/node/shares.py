@@ -53,6 +53,7 @@ def shared_limits(requests_max: int, s3: S3Section) -> Limits:
     return Limits(
         requests_max=part(requests_max),
         connections_max=part(Limits.connections_max),
+        whole_bytes_max=part(Limits.whole_bytes_max),
         unauthenticated_connections_max=part(s3.unauthenticated_connections_max),
         unauthenticated_requests_max=part(s3.unauthenticated_requests_max),
         unauthenticated_bytes_max=part(s3.unauthenticated_bytes_max),

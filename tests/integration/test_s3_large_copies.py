@@ -304,22 +304,65 @@ async def test_a_client_that_goes_in_the_middle_of_its_body_leaves_nothing(
 ) -> None:
     async with s3_world(Limits(whole_bytes_max=whole_bytes_max), small_bytes_max=LARGEST) as world:
         await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
-        await break_off_in_the_middle(world, size, sent, whole_bytes_max)
+        request = signed(world, "PUT", "/bucket/key", body=os.urandom(size))
+        end = request.index(b"\r\n\r\n") + 4 + sent
+        _, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        writer.write(request[:end])
+        connections = world.app._connections
+        assert connections is not None
+        await until(lambda: connections.whole_bytes == size or world.objects.plane.fill_buffers.bytes_leased >= size)
+        assert bool(connections.whole_bytes) == bool(whole_bytes_max)
+        break_off(writer)
+        await until(lambda: world.app.statistics().requests_in_flight == 0)
+        assert leased(world) == connections.whole_bytes == 0
+        assert await world.stored() == {}
 
 
-async def break_off_in_the_middle(world: World, size: int, sent: int, whole_bytes_max: int) -> None:
-    request = signed(world, "PUT", "/bucket/key", body=os.urandom(size))
-    end = request.index(b"\r\n\r\n") + 4 + sent
-    _, writer = await asyncio.open_connection("127.0.0.1", world.port)
-    writer.write(request[:end])
-    connections = world.app._connections
-    assert connections is not None
-    await until(lambda: connections.whole_bytes == size or world.objects.plane.fill_buffers.bytes_leased >= size)
-    assert bool(connections.whole_bytes) == bool(whole_bytes_max)
-    break_off(writer)
-    await until(lambda: world.app.statistics().requests_in_flight == 0)
-    assert leased(world) == connections.whole_bytes == 0
-    assert await world.stored() == {}
+async def test_a_client_that_stops_in_the_middle_of_its_body_is_told_and_gives_its_memory_back() -> None:
+    async with s3_world(Limits(body_idle_s=0.4, linger_s=0.1), small_bytes_max=LARGEST) as world:
+        await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
+        request = signed(world, "PUT", "/bucket/key", body=os.urandom(LARGEST))
+        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        writer.write(request[: len(request) // 2])
+        connections = world.app._connections
+        assert connections is not None
+        await until(lambda: connections.whole_bytes == LARGEST)
+        answer = await asyncio.wait_for(reader.read(), 20)
+        writer.close()
+        assert b"<Code>RequestTimeout<" in answer
+        assert leased(world) == connections.whole_bytes == 0
+        assert await world.stored() == {}
+
+
+async def test_a_plain_body_is_as_long_as_it_is_whatever_else_its_head_declares(world: World) -> None:
+    data = os.urandom(LARGEST + 1)
+    request = signed(world, "PUT", "/bucket/key", body=data, headers={"x-amz-decoded-content-length": "1"})
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    writer.write(request[:-1])
+    await until(lambda: leased(world) > 0)
+    assert world.app._connections is not None
+    assert world.app._connections.whole_bytes == 0
+    writer.write(request[-1:])
+    assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
+    writer.close()
+    assert world.objects.put_answers == []
+    assert await world.stored() == {b"key": data}
+
+
+async def test_a_body_that_came_whole_is_coded_when_too_few_disks_take_copies(world: World) -> None:
+    await world.put("key", b"small")
+    (name,) = [name for name in world.below.ring.values if name.key == b"key"]
+    replicas = world.below.layouts.current.replicas_of(name.partition)
+    world.below.disks.suspected.update(replicas[:2])
+    data = os.urandom(LARGEST)
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    writer.write(signed(world, "PUT", "/bucket/key", body=data))
+    assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
+    writer.close()
+    assert form_of(world) == "coded"
+    assert await world.stored() == {b"key": data}
+    assert world.app._connections is not None
+    assert world.app._connections.whole_bytes == 0
 
 
 @pytest.mark.parametrize("end", ["takes it", "goes away"])

@@ -252,6 +252,7 @@ def test_processes_share_what_one_may_hold_and_take() -> None:
     assert shared_limits(one.requests_max, S3Section()) == one
     assert each.requests_max == 3, "ten are never fewer"
     assert 4 * each.connections_max >= one.connections_max
+    assert 4 * each.whole_bytes_max == one.whole_bytes_max
 
 
 async def test_a_gateway_whose_worker_does_not_come_up_does_not_start() -> None:

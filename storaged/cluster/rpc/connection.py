@@ -188,7 +188,7 @@ class Connection(asyncio.BufferedProtocol):
         except ssl.SSLError as error:
             self._on_tls_error(error)
         self._reading = False
-        if (self._small or self._large) and not self._flush_scheduled:
+        if self._small or self._large:
             self._schedule(now=self.flush_after_read)
 
     def resume_frames(self) -> None:
@@ -323,12 +323,7 @@ class Connection(asyncio.BufferedProtocol):
                 break
             request_id = next(iter(self._large))
             pieces, size = self._large.pop(request_id)
-            self._slices = []
-            for piece in reversed(pieces):
-                if len(piece) <= SLICE_BYTES:
-                    self._slices.append(piece)
-                else:
-                    self._slices += _slice(piece)
+            self._slices = [part for piece in reversed(pieces) for part in _slice(piece)]
             if joined and together:  # one write for both: each wakes the peer
                 self._slices.append(joined)
             self._sliced = (request_id, size)
@@ -389,8 +384,10 @@ class Connection(asyncio.BufferedProtocol):
         return max(silent, blocked)
 
 
-def _slice(piece: Buffer) -> list[memoryview]:
+def _slice(piece: Buffer) -> Sequence[Buffer]:
     """The slices of one buffer, last first."""
+    if len(piece) <= SLICE_BYTES:
+        return [piece]
     view = memoryview(piece)
     return [view[start : start + SLICE_BYTES] for start in range(0, len(view), SLICE_BYTES)][::-1]
 

@@ -240,7 +240,5 @@ def window_bytes_for(transfers: int, left: float) -> int:
     others wait for a turn.
     """
     by_count = 48 if transfers <= 4 else 24 if transfers <= 16 else 8 if transfers <= 64 else 4
-    for above, by_memory in WINDOW_SHARES:
-        if left >= above:
-            return min(by_count, by_memory) * CHUNK_BYTES_MAX
-    return CHUNK_BYTES_MAX
+    by_memory = next(cells for above, cells in WINDOW_SHARES if left >= above)
+    return min(by_count, by_memory) * CHUNK_BYTES_MAX

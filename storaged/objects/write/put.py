@@ -145,9 +145,11 @@ def try_put(
     ):
         return False
     write = admit(plane, bucket, key, bucket_key, NewObject(meta, owner, conditions))
-    if len(plain) > INLINE_BYTES_MAX and plan_of(plane, write.part) is None:
+    large = len(plain) > INLINE_BYTES_MAX
+    plan = plan_of(plane, write.part) if large else None
+    if large and plan is None:
         return False  # before a digest that the task would compute again
-    sealed = seal_small(plane, write.part, plain, digest_of(plain, checks))
+    sealed = seal_small(plane, write.part, plain, digest_of(plain, checks), plan)
     if sealed is None:
         return False
     new = Replacement(write, sealed)

@@ -168,15 +168,18 @@ async def _once(plain: Buffer) -> AsyncIterator[Buffer]:
     yield plain
 
 
-def seal_small(plane: ObjectPlane, part: NewPart, plain: Buffer, digest: Digest) -> Sealed | None:
-    """Seals a small body, for the record or for copies beside the register. None, with nothing done: too
-    few of the register's disks can take copies now, or the layout trusts no operator alone, so that none may have a
-    whole copy.
+def seal_small(
+    plane: ObjectPlane, part: NewPart, plain: Buffer, digest: Digest, plan: CopyPlan | None = None
+) -> Sealed | None:
+    """Seals a small body, for the record or for copies beside the register. ``plan``: where copies go, if that was
+    asked before. None, with nothing done: too few of the register's disks can take copies now, or the layout trusts no
+    operator alone, so that none may have a whole copy.
     """
     dek, data_id, number, target = part.dek, part.data_id, part.sealed_number, plane.layouts.current.target_text
     inline = len(plain) + TAG_BYTES <= plane.limits.inline_sealed_bytes_max
-    plan = None
-    if plane.layouts.current.spreads or (not inline and (plan := plan_of(plane, part)) is None):
+    if not inline and plan is None:
+        plan = plan_of(plane, part)
+    if plane.layouts.current.spreads or (not inline and plan is None):
         return None
     header, sealed = seal_part(dek, data_id, number, plain, plane.entropy(SALT_BYTES))
     if plan is None:
