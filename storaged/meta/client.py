@@ -342,8 +342,10 @@ class RingClient:
     async def copy_page(self, near: RegisterName, page_hash: bytes, disk: str) -> None:
         await self._pages.copy_page(near, page_hash, disk)
 
-    async def fence(self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
-        await self._fences.fence(scope, shards, nonce, final=final)
+    async def fence(
+        self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False, lends: bool = False
+    ) -> bool:
+        return await self._fences.fence(scope, shards, nonce, final=final, lends=lends)
 
     async def unfence(self, scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:
         return await self._fences.unfence(scope, shards, nonce)

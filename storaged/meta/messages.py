@@ -34,6 +34,7 @@ class PrepareReply(Message, frozen=True):
     PREEMPTED or DAMAGED, of what is in the way; when it is OK and above ``accepted``, that another proposer is at work.
     ``accepted`` and ``value``: what the register holds here, when the verdict is OK. ``final``: the scope's fence stays
     for ever. ``copied``: as ``Slot.copied``; rows of replicas that do not say count as accepted with their copy.
+    ``lends``: the scope's fence is one that lends.
     """
 
     verdict: int
@@ -42,11 +43,12 @@ class PrepareReply(Message, frozen=True):
     value: Value | None = None
     final: bool = False
     copied: bool = True
+    lends: bool = False
 
 
 class Accept(Message, frozen=True):
-    """``identity``: the value was accepted before (a settling round); only such a round passes a fence, with its
-    ``nonce``.
+    """``identity``: the value was accepted before (a settling round). A settling round passes a fence with its
+    ``nonce``; so does a change where the fence lends.
 
     ``header``: the encoded header of a fragment record whose payload is the request's bulk body, the copy of the small
     object that the value names. The replica makes it durable with the value or before it. When it can't, or when no
@@ -84,7 +86,7 @@ class AcceptReply(Message, frozen=True):
     """OK: the value is durable here under the ballot. ``copy_synced``: the copy that it names is durable too;
     ``copy_error``: why it is not. ``final``: the scope's fence stays for ever; when PREEMPTED: nothing was accepted
     here under this ballot, nor will be. ``floor``: of a refusal where the floor of the range counts in place of a row,
-    the sequence that a create has to exceed.
+    the sequence that a create has to exceed. ``lends``: the scope's fence is one that lends.
     """
 
     verdict: int
@@ -93,6 +95,7 @@ class AcceptReply(Message, frozen=True):
     copy_synced: bool = False
     copy_error: str = ""
     floor: int = 0
+    lends: bool = False
 
 
 class AcceptsReply(Message, frozen=True):
@@ -124,7 +127,7 @@ class ReadReply(Message, frozen=True):
     data id. ``fenced``: the scope is fenced (a bucket that is, or was, being deleted). ``copied``: as in
     ``PrepareReply``. ``copy_absent``: this disk has no whole copy of what was asked for. Without a copy and without
     this, the copy may be here but can't be read now. ``final``: the scope's fence stays for ever; nodes of 0.1.0 do not
-    say so.
+    say so. ``lends``: the scope's fence is one that lends.
     """
 
     verdict: int
@@ -137,6 +140,7 @@ class ReadReply(Message, frozen=True):
     copied: bool = True
     copy_absent: bool = False
     final: bool = False
+    lends: bool = False
 
 
 class Reads(Message, frozen=True):
@@ -228,7 +232,8 @@ class TurnReply(Message, frozen=True):
 
 class FenceSet(Message, frozen=True):
     """``epochs``: by partition of the scope's shards, the epoch of the state in which the disk counts for the caller. A
-    disk that knows a later step does nothing (EPOCH): the fence would count where the partition is no more.
+    disk that knows a later step does nothing (EPOCH): the fence would count where the partition is no more. ``lends``:
+    from now on changes with this nonce pass it, unless it is final.
     """
 
     disk: str
@@ -236,6 +241,7 @@ class FenceSet(Message, frozen=True):
     nonce: bytes
     final: bool = False
     epochs: dict[int, int] = msgspec.field(default_factory=dict)
+    lends: bool = False
 
 
 class FenceLift(Message, frozen=True):
@@ -249,11 +255,13 @@ class FenceLift(Message, frozen=True):
 
 class FenceReply(Message, frozen=True):
     """``done``: the disk is now as asked, durably. Not done: it has a final fence with another nonce, or the verdict is
-    EPOCH.
+    EPOCH. ``lends``: its fence is one that lends, durably. Nodes that know of no such fence never say so: there a fence
+    that was asked to lend is done, and lets no change pass.
     """
 
     done: bool
     verdict: int = 0
+    lends: bool = False
 
 
 WHOLE_DISK = -1
@@ -286,13 +294,14 @@ class FencesAsk(Message, frozen=True):
 
 class ScopeFence(Message, frozen=True):
     """What a disk has of one scope. ``nonce``: of the fence in force, empty without one; ``final``: it stays for ever.
-    ``lifted``: the highest nonce whose fence was lifted, empty when none was.
+    ``lifted``: the highest nonce whose fence was lifted, empty when none was. ``lends``: changes with the nonce pass.
     """
 
     scope: bytes
     nonce: bytes
     final: bool
     lifted: bytes
+    lends: bool = False
 
 
 class FencesReply(Message, frozen=True):

@@ -148,9 +148,9 @@ class Registers(Protocol):
 
         Raises ServiceUnavailable when no majority answered a prepare (nothing changed). OutcomeUnknown when an accept
         may have been applied and could not be settled, or when copies of ``small`` could not be synced where they must
-        be. NoSuchBucket when the scope is fenced, unless ``settling_nonce`` is the fence's: with it values can be
-        settled but not changed. ValueError for ``regardless`` outside of the table OBJECT (``register.may_create``).
-        And what ``update`` raises.
+        be. NoSuchBucket when the scope is fenced, as ``settle`` says, unless ``settling_nonce`` is the fence's: with it
+        values can be settled, and changed if the fence lends, never without asking first. ValueError for ``regardless``
+        outside of the table OBJECT (``register.may_create``). And what ``update`` raises.
         """
 
     def try_change(
@@ -172,8 +172,8 @@ class Registers(Protocol):
         effect; a create may, at a replica that holds nothing (``consensus.looks``). It also brings replicas that lag,
         or whose row is damaged, up to date.
 
-        Raises ServiceUnavailable when it could not be committed; NoSuchBucket for a fenced scope, with the detail
-        ``final`` when the fence stays for ever.
+        Raises ServiceUnavailable when it could not be committed; NoSuchBucket for a fenced scope whose nonce this is
+        not, with the detail ``final`` when the fence stays for ever, or ``lends`` when it lends: so says a majority.
         """
 
     async def agreement(self, name: RegisterName) -> list[ReplicaState]:
@@ -303,14 +303,21 @@ class Fences(Protocol):
     alike).
     """
 
-    async def fence(self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
+    async def fence(
+        self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False, lends: bool = False
+    ) -> bool:
         """Durable refusal of every accept but settling ones with this nonce; ``final`` makes it stay for ever (after
         Deleted). One that may be lifted waits for all replicas that answer: the scan that follows counts these alone.
+        ``lends``: changes with this nonce pass too, until the fence is made final or is lifted (``acceptor.fences``).
+
+        True when every replica of every shard has done it. Raises ServiceUnavailable where a majority has not; nodes
+        that know no fence that lends have not done that.
         """
 
     async def unfence(self, scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:
-        """On the way back to Active only; a final fence stays. True when every replica has lifted it. A replica that
-        was away keeps its fence, and refuses the bucket when it returns, so this must be called again until then.
+        """On the way back to Active only, also of a fence that lends; a final fence stays. True when every replica has
+        lifted it. A replica that was away keeps its fence, and refuses the bucket when it returns, so this must be
+        called again until then.
         """
 
 

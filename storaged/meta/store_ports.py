@@ -35,9 +35,14 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Fence:
+    """``final``: it stays for ever. ``lends``: changes with its nonce pass, too (``acceptor.fences``); never of a final
+    one.
+    """
+
     scope: bytes
     nonce: bytes
     final: bool
+    lends: bool = False
 
 
 class StoredPage(NamedTuple):

@@ -45,6 +45,8 @@ class MemoryRing:
         self.pages: dict[bytes, bytes] = {}
         self.fences: dict[bytes, tuple[bytes, bool]] = {}
         """Scope -> (nonce, whether it is final)."""
+        self.lending: dict[bytes, bytes] = {}
+        """Scope -> nonce of those fences that lend."""
         self.replica_away = False
         """``unfence`` does not reach all replicas."""
         self.busy = False
@@ -114,8 +116,7 @@ class MemoryRing:
             if interfere is not None:
                 await interfere(name)
             await asyncio.sleep(0)
-            if name.scope in self.fences:
-                raise NoSuchBucket
+            self._check_fence(name.scope, settling_nonce, settles=False)
             if self.values.get(name) == before and self.rounds.get(name, 0) == rounds:
                 sequence = (before.sequence if before else 0) + 1
                 after = self.values[name] = Value(
@@ -142,11 +143,17 @@ class MemoryRing:
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
         await asyncio.sleep(0)
-        held = self.fences.get(name.scope)
-        if held is not None and held[0] != settling_nonce:
-            raise NoSuchBucket("", **({"final": "true"} if held[1] else {}))
+        self._check_fence(name.scope, settling_nonce, settles=True)
         self.rounds[name] = self.rounds.get(name, 0) + 1
         return self.values.get(name)
+
+    def _check_fence(self, scope: bytes, nonce: bytes, *, settles: bool) -> None:
+        held, lends = self.fences.get(scope), scope in self.lending
+        if held is None or (held[0] == nonce and (settles or lends)):
+            return
+        if held[0] == nonce:
+            raise OutcomeUnknown("its replicas have promised, and refuse the accept")
+        raise NoSuchBucket("", **({"final": "true"} if held[1] else {"lends": "true"} if lends else {}))
 
     async def agreement(self, name: RegisterName) -> list[ReplicaState]:
         return [
@@ -204,8 +211,15 @@ class MemoryRing:
 
     # --- Fences -------------------------------------------------------------------------------------------------------
 
-    async def fence(self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
+    async def fence(
+        self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False, lends: bool = False
+    ) -> bool:
         self.fences[scope] = (nonce, final)
+        lent = self.lending.get(scope) == nonce
+        self.lending.pop(scope, None)
+        if (lends or lent) and not final:
+            self.lending[scope] = nonce
+        return not self.replica_away
 
     async def unfence(self, scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:
         held = self.fences.get(scope)
@@ -213,6 +227,7 @@ class MemoryRing:
             if held[1] or nonce < held[0]:
                 raise ServiceUnavailable("a final fence, or one with a higher nonce, stays")
             del self.fences[scope]
+            self.lending.pop(scope, None)
         return not self.replica_away
 
     # --- Scanner ------------------------------------------------------------------------------------------------------

@@ -33,9 +33,11 @@ class Fences:
             self.reached[step].set()
             await self.held[step].wait()
 
-    async def fence(self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
-        await self._gate("final" if final else "fence")
-        await self._ring.fence(scope, shards, nonce, final=final)
+    async def fence(
+        self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False, lends: bool = False
+    ) -> bool:
+        await self._gate("final" if final else "lends" if lends else "fence")
+        return await self._ring.fence(scope, shards, nonce, final=final, lends=lends)
 
     async def unfence(self, scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:
         await self._gate("unfence")

@@ -225,11 +225,14 @@ async def test_a_slice_that_would_hold_a_snapshot_for_long_is_refused(store: Met
 async def test_fences_pages_and_small_values_read_back_and_fences_can_be_lifted(store: MetaStore) -> None:
     page = page_of(b"manifest" * 500)
     fence = Fence(BUCKET, b"nonce", final=False)
+    lends = Fence(BUCKET, b"nonce", final=False, lends=True)
     final = Fence(OTHER, b"", final=True)
     await store.commit(StoreBatch(fences=[fence, final], pages=[page], meta={"floor": b"123", "empty": b""}))
     assert (store.get_fence(BUCKET), store.get_fence(OTHER)) == (fence, final)
     assert store.get_page(page.page_hash) == page.body
     assert (store.get_meta("floor"), store.get_meta("empty")) == (b"123", b"")
+    await store.commit(StoreBatch(fences=[lends]))
+    assert store.get_fence(BUCKET) == lends
     await store.commit(StoreBatch(unfence=[BUCKET], meta={"floor": b"456"}))
     assert store.get_fence(BUCKET) is None
     assert store.get_fence(OTHER) == final

@@ -258,6 +258,38 @@ class RingSuite:
             await ring.registers.settle(NAME)
         assert refused.value.details["final"] == "true"
 
+    async def test_behind_a_fence_that_lends_only_changes_with_its_nonce_pass(self, ring: RingPorts) -> None:
+        await ring.registers.change(NAME, becomes(b"one"))
+        await ring.fences.fence(SCOPE, SHARDS, b"nonce")
+        with pytest.raises(OutcomeUnknown):
+            await ring.registers.change(NAME, becomes(b"two"), settling_nonce=b"nonce")
+        assert await ring.fences.fence(SCOPE, SHARDS, b"nonce", lends=True)
+        await ring.fences.fence(SCOPE, SHARDS, b"nonce")
+        for nonce in (b"", b"other"):
+            for work in (
+                ring.registers.change(NAME, becomes(b"three"), settling_nonce=nonce),
+                ring.registers.settle(NAME, settling_nonce=nonce),
+            ):
+                with pytest.raises(NoSuchBucket) as refused:
+                    await work
+                assert refused.value.details == {"lends": "true"}
+        value = (await ring.registers.change(NAME, becomes(b"two"), settling_nonce=b"nonce")).after
+        assert await ring.registers.settle(NAME, settling_nonce=b"nonce") == value
+        assert await self.body(ring) == b"two"
+
+    async def test_a_final_fence_lends_no_more_and_a_lifted_one_never_again(self, ring: RingPorts) -> None:
+        await ring.fences.fence(SCOPE, SHARDS, b"nonce", lends=True)
+        await ring.fences.unfence(SCOPE, SHARDS, b"nonce")
+        await ring.registers.change(NAME, becomes(b"one"))
+        await ring.fences.fence(SCOPE, SHARDS, b"nonce 2", lends=True)
+        await ring.registers.change(NAME, becomes(b"two"), settling_nonce=b"nonce 2")
+        await ring.fences.fence(SCOPE, SHARDS, b"nonce 2", final=True)
+        with pytest.raises(OutcomeUnknown):
+            await ring.registers.change(NAME, becomes(b"three"), settling_nonce=b"nonce 2")
+        with pytest.raises(NoSuchBucket) as refused:
+            await ring.registers.settle(NAME)
+        assert refused.value.details == {"final": "true"}
+
     # --- the scanner --------------------------------------------------------------------------------------------------
 
     async def test_an_empty_scope_is_an_empty_last_page(self, ring: RingPorts) -> None:

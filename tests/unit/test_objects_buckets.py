@@ -161,9 +161,11 @@ async def test_a_deletion_fences_every_shard_before_it_looks_and_for_good() -> N
     fenced: list[tuple[list[int], bool]] = []
     real_fence = world.ring.fence
 
-    async def fence(scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
+    async def fence(
+        scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False, lends: bool = False
+    ) -> bool:
         fenced.append((list(shards), final))
-        await real_fence(scope, shards, nonce, final=final)
+        return await real_fence(scope, shards, nonce, final=final, lends=lends)
 
     world.ring.fence = fence  # type: ignore[method-assign]
     await buckets.delete(bucket)
@@ -233,12 +235,14 @@ async def test_a_deletion_that_was_interrupted_anywhere_is_finished_by_another_g
     bucket = await buckets.create(ANNE, "b", region="eu-fr-1")
     real_fence, real_unfence = world.ring.fence, world.ring.unfence
 
-    async def fence(scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
+    async def fence(
+        scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False, lends: bool = False
+    ) -> bool:
         if step == ("fence-final" if final else "fence"):
             raise ServiceUnavailable
         if not empty and not final:
             await put(objects, bucket, b"slipped in")
-        await real_fence(scope, shards, nonce, final=final)
+        return await real_fence(scope, shards, nonce, final=final, lends=lends)
 
     async def unfence(scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:
         raise ServiceUnavailable

@@ -1,6 +1,17 @@
 """Which buckets are fenced at one disk: what its store has, and over it what is on its way there.
 
 A fence is in force from the moment that it was asked for, and until its lifting is on disk.
+
+A fence may *lend*. It closes a bucket of which nothing is left but rows that lend data to other buckets. It refuses
+what each fence refuses, creates too, but lets changes with its nonce pass besides settling rounds. It is no proof that
+nothing changes: it proves that nothing changes but by those who know the nonce. A gateway that was suspended in a PUT
+does not; only what ends loans and names new places of data has it.
+* A plain fence becomes one that lends when it is asked for with the same nonce. No late request takes that back: a
+  replica that lends no more would refuse what the others take, and nobody would notice.
+* It ends when it is made final, with the same nonce, or is lifted. Then it never comes back: a final fence does not
+  lend, and a nonce that was lifted sets no fence.
+* Which replicas lend changes nothing for a change without the nonce. So a replica that has the plain fence yet, and
+  one that lends already, refuse the same, and no moment has to be agreed on.
 """
 
 from __future__ import annotations
@@ -104,11 +115,12 @@ class Fences:
         present = self.of(scope)
         if present is not None and present.final and present.nonce != nonce:
             return None
-        arriving = not self.holds(scope, nonce)
         final = request.final or (present is not None and present.final)
         if not final and (nonce <= self._lifted(scope) or (present is not None and nonce < present.nonce)):
             return None
-        fence = Fence(scope, nonce, final)
+        lent = present is not None and present.lends and present.nonce == nonce
+        fence = Fence(scope, nonce, final, lends=(request.lends or lent) and not final)
+        arriving = (lent and final) or not self.holds(scope, nonce)
         self._unsynced[scope] = fence
         if arriving:
             self._arriving[scope] = nonce

@@ -65,7 +65,7 @@ class Handover:
         lifted = self._store.get_meta(META_LIFTED + scope.hex()) or b""
         if fence is None:
             return ScopeFence(scope, b"", False, lifted)
-        return ScopeFence(scope, fence.nonce, fence.final, lifted)
+        return ScopeFence(scope, fence.nonce, fence.final, lifted, fence.lends)
 
     async def take_fences(self, request: FencesTake, *, timeout_s: float = 10.0) -> FenceReply:
         """When it returns, this is durable, and so is everything accepted before. A newer value of a scope stays."""
@@ -76,7 +76,7 @@ class Handover:
             if scope.lifted:
                 await self._lift(FenceLift(self._disk, scope.scope, scope.lifted))
             if scope.nonce:
-                await self._set(FenceSet(self._disk, scope.scope, scope.nonce, scope.final))
+                await self._set(FenceSet(self._disk, scope.scope, scope.nonce, scope.final, lends=scope.lends))
         await self._pending.all_arrived()
         for scope in request.scopes:
             self._fences.arrived(scope.scope, scope.nonce)

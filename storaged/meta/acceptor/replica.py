@@ -193,8 +193,7 @@ class LocalReplica:
         if verdict is not Verdict.OK:
             self._counts.prepares += 1
             self._counts.refused += 1
-            final = acceptor.fence is not None and acceptor.fence.final
-            return messages.PrepareReply(verdict, acceptor.lowest, final=final)
+            return messages.PrepareReply(verdict, acceptor.lowest, final=acceptor.final, lends=acceptor.lends)
         if ballot.epoch >= FIRST_STEP and self._epochs.behind(name, ballot.epoch):
             return None
         if ballot[:2] >= state.near_high_water and state.near(ballot):
@@ -359,7 +358,8 @@ class LocalReplica:
         if verdict is Verdict.CONFLICT:
             self._counts.note_conflict(name, ballot)
         floor = acceptor.value.sequence if acceptor.floored and acceptor.value else 0
-        return messages.AcceptReply(verdict, acceptor.lowest, acceptor.refuses_for_good(ballot, verdict), floor=floor)
+        for_good = acceptor.refuses_for_good(ballot, verdict)
+        return AcceptReply(verdict, acceptor.lowest, for_good, floor=floor, lends=acceptor.lends)
 
     def on_stored(self, pending: PendingAccept, error: Exception | None) -> None:
         """See ``pending_accept.Owner``. SlowDown, StoreFull: the store has not begun."""
@@ -478,7 +478,7 @@ class LocalReplica:
         await self._writes.durably(*write)
         await self.pending.all_arrived()
         self._fences.arrived(request.scope, request.nonce)
-        return messages.FenceReply(True)
+        return messages.FenceReply(True, lends=write[0].fences[0].lends)
 
     async def unfence(self, request: messages.FenceLift, *, timeout_s: float = 10.0) -> messages.FenceReply:
         """The fence is in force until its lifting is on disk."""

@@ -209,6 +209,7 @@ class DiskRows:
             slot is None or slot.copied or not slot.value.payload,
             copy_absent=absent,
             final=fenced and fence is not None and fence.final,
+            lends=fenced and fence is not None and fence.lends,
         )
         return found, payload if payload is not None else NO_BYTES
 

@@ -59,6 +59,16 @@ class Acceptor(NamedTuple):
     floored: bool = False
 
     @property
+    def final(self) -> bool:
+        """Whether the scope's fence stays for ever."""
+        return self.fence is not None and self.fence.final
+
+    @property
+    def lends(self) -> bool:
+        """Whether the scope's fence is one that lends."""
+        return self.fence is not None and self.fence.lends
+
+    @property
     def lowest(self) -> Ballot:
         """The lowest ballot that is not refused."""
         return max(self.promised, self.accepted)
@@ -69,14 +79,14 @@ class Acceptor(NamedTuple):
         """
         if verdict is Verdict.PREEMPTED:
             return self.accepted < ballot < self.promised and not self.damaged
-        return self.fence is not None and self.fence.final
+        return self.final
 
 
 def judge_prepare(acceptor: Acceptor, ballot: Ballot, nonce: bytes, rules: Rules = RULES) -> Verdict:
-    """``nonce`` of the scope's fence: a settling round has it."""
+    """``nonce`` of the scope's fence: a settling round has it, and a change that a fence that lends lets pass."""
     if ballot.epoch < acceptor.epoch and rules.fence_by_epoch:
         return Verdict.EPOCH
-    if acceptor.fence is not None and acceptor.fence.nonce != nonce:
+    if acceptor.fence is not None and not _passes(acceptor.fence, nonce, True, rules):
         return Verdict.FENCED
     if acceptor.damaged:
         return Verdict.DAMAGED
@@ -100,7 +110,7 @@ def judge_accept(
     """
     if ballot.epoch < acceptor.epoch and rules.fence_by_epoch:
         return Verdict.EPOCH
-    if acceptor.fence is not None and not (identity and acceptor.fence.nonce == nonce):
+    if acceptor.fence is not None and not _passes(acceptor.fence, nonce, identity, rules):
         return Verdict.FENCED
     if ballot < acceptor.lowest:
         return Verdict.PREEMPTED
@@ -111,6 +121,13 @@ def judge_accept(
     if not copied and ballot != acceptor.accepted and rules.copies_with_rows:
         return Verdict.UNSTORED
     return Verdict.OK
+
+
+def _passes(fence: Fence, nonce: bytes, settles: bool, rules: Rules) -> bool:
+    """Whether a fence lets a request with this nonce pass. ``settles``: it changes no value, as far as it says."""
+    if fence.lends and not rules.lends_by_nonce:
+        return True
+    return fence.nonce == nonce and (settles or fence.lends)
 
 
 def _may_settle(value: Value) -> bool:
@@ -132,9 +149,12 @@ def judge_create(
     *,
     copied: bool = True,
 ) -> Verdict:
+    """No fence lets a create pass, whatever its nonce: what has the nonce changes rows that are there."""
     verdict = judge_accept(acceptor, ballot, value, nonce, identity, rules, copied=copied)
     if verdict is not Verdict.OK:
         return verdict
+    if acceptor.fence is not None and not _passes(acceptor.fence, b"", False, rules):
+        return Verdict.FENCED
     if acceptor.damaged:
         return Verdict.DAMAGED
     if acceptor.accepted not in (ZERO_BALLOT, ballot) and rules.create_into_nothing:

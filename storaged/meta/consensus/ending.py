@@ -126,11 +126,12 @@ class Ending:
         self.state = DONE
         return True
 
-    def _fenced(self, final: bool) -> bool:
+    def _fenced(self, **said: bool) -> bool:
+        """``said`` of the fence by so many replicas that no quorum is left: ``final``, ``lends``."""
         self.fenced = True
         if self.lineage.open:
             return self._give_up("its bucket is being deleted")
-        return self._fail(NoSuchBucket("", **({"final": "true"} if final else {})))
+        return self._fail(NoSuchBucket("", **{what: "true" for what, is_so in said.items() if is_so}))
 
     def _unheard(self, found: Found) -> Found:
         self._shared.on_unheard(self.name, found.ballot)

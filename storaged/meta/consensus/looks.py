@@ -48,13 +48,14 @@ class Held(NamedTuple):
 
 class Look(NamedTuple):
     """``held``: of each replica that answers. One with a damaged row is not among them. ``fenced``: those at which the
-    scope is fenced; ``final``: for ever.
+    scope is fenced; ``final``: for ever; ``lends``: by a fence that lends.
     """
 
     quorum: Quorum
     held: Mapping[str, Held]
     fenced: frozenset[str] = frozenset()
     final: frozenset[str] = frozenset()
+    lends: frozenset[str] = frozenset()
 
 
 def chosen(look: Look) -> Held | None:

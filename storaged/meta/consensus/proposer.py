@@ -237,7 +237,7 @@ class Proposer(Ending):
             self._shared.counts["preempted"] += 1
             return self._retry()
         if prepares.fenced:
-            return self._fenced(prepares.fenced_for_ever)
+            return self._fenced(final=prepares.fenced_for_ever, lends=prepares.fence_lends)
         if prepares.ahead:
             return self._give_up(
                 "its replicas refuse ballots more than an hour ahead of their clocks: this node's clock is more "
@@ -489,7 +489,7 @@ class Proposer(Ending):
             self._shared.counts["preempted"] += 1
             self._rivals.note(disk, reply.promised.counter, self._now_us)
         if accepts.failed and accepts.fenced:
-            return self._fenced(False)
+            return self._fenced(lends=accepts.fence_lends)
         if accepts.failed and accepts.lost:
             if accepts.full:
                 return self._give_up("disks of its replicas have no room for it")

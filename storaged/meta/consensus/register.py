@@ -177,6 +177,8 @@ class Rules:
     """39. A create that refers to data which is on disks already has a ballot and names a floor from before that
     (``floors``).
     """
+    lends_by_nonce: bool = True
+    """40. A fence that lends takes changes with its nonce alone, and no creates (``acceptor.fences``)."""
 
 
 RULES = Rules()

@@ -126,13 +126,24 @@ class PrepareRound:
     """The answers to a prepare. A reply is *doubted* when it reports a value that no gateway wrote, or a sequence that
     no number of writes reaches."""
 
-    __slots__ = ("_answered", "_doubted", "_finals", "_late", "_quorum", "damaged_below", "failed", "promised")
+    __slots__ = (
+        "_answered",
+        "_doubted",
+        "_finals",
+        "_late",
+        "_lenders",
+        "_quorum",
+        "damaged_below",
+        "failed",
+        "promised",
+    )
 
     def __init__(self, quorum: Quorum) -> None:
         self._quorum = quorum
         self._answered = 0
         self._doubted: dict[str, PrepareReply] = {}
         self._finals: list[str] = []
+        self._lenders: list[str] = []
         self._late: dict[str, PrepareReply] = {}
         self.promised: dict[str, PrepareReply] = {}
         self.failed: dict[str, int] = {}
@@ -150,6 +161,8 @@ class PrepareRound:
             self.failed[disk] = NO_ANSWER if reply is None else reply.verdict
             if reply is not None and reply.final:
                 self._finals.append(disk)
+            elif reply is not None and reply.lends and reply.verdict == FENCED:
+                self._lenders.append(disk)
         elif doubted:
             self._doubted[disk] = reply
         else:
@@ -186,10 +199,12 @@ class PrepareRound:
 
     @property
     def lost(self) -> bool:
-        """No quorum can promise any more."""
+        """No quorum can promise any more. Where one replica alone says that its fence lends, the others are heard too:
+        of two that differ one may lie, and the one that has the nonce of such a fence must not be kept out.
+        """
         if not self.failed and not self._doubted:
             return False
-        if self._doubted and not self.everyone:
+        if (self._doubted or (self._lenders and not self.fence_lends)) and not self.everyone:
             return False
         return self._quorum.lost({**self.failed, **self._doubted})
 
@@ -210,6 +225,11 @@ class PrepareRound:
     @property
     def fenced_for_ever(self) -> bool:
         return self._quorum.lost(self._finals)
+
+    @property
+    def fence_lends(self) -> bool:
+        """No quorum can promise, for fences that lend alone."""
+        return self._quorum.lost(self._lenders)
 
     def newest(self) -> Found:
         replies = iter(self.promised.values())
@@ -268,7 +288,7 @@ class PrepareRound:
 class AcceptRound:
     """The answers to an accept. ``copies``: small copies of this change that have to be synced, too."""
 
-    __slots__ = ("_accepted", "_copies", "_quorum", "_refused", "attempt", "failed", "turn")
+    __slots__ = ("_accepted", "_copies", "_lenders", "_quorum", "_refused", "attempt", "failed", "turn")
 
     def __init__(self, quorum: Quorum, copies: SmallCopies | None, turn: int = 0, attempt: bytes = b"") -> None:
         """``turn`` of the proposer. ``attempt``: the operation id of the value, when it is new."""
@@ -280,12 +300,15 @@ class AcceptRound:
         """Whether each disk that accepted has synced its copy."""
         self.failed: dict[str, int] = {}
         """Verdicts of the disks that have not accepted."""
+        self._lenders: list[str] = []
         self._refused = 0
 
     def add(self, disk: str, reply: AcceptReply | None) -> bool:
         """Whether the value is chosen now, and its copies are where they must be."""
         if reply is None or reply.verdict != OK:
             self.failed[disk] = NO_ANSWER if reply is None else reply.verdict
+            if reply is not None and reply.lends and reply.verdict == FENCED:
+                self._lenders.append(disk)
             return False
         accepted, quorum = self._accepted, self._quorum
         accepted[disk] = reply.copy_synced
@@ -322,6 +345,11 @@ class AcceptRound:
     @property
     def fenced(self) -> bool:
         return self._quorum.lost([disk for disk, verdict in self.failed.items() if verdict == FENCED])
+
+    @property
+    def fence_lends(self) -> bool:
+        """No quorum can accept, for fences that lend alone."""
+        return self._quorum.lost(self._lenders)
 
     @property
     def without_copy(self) -> bool:

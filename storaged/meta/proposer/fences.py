@@ -27,13 +27,16 @@ class RingFences:
         self._view = view
         self._refresher = refresher
 
-    async def fence(self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
+    async def fence(
+        self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False, lends: bool = False
+    ) -> bool:
         """See ``ports.Fences``."""
 
         def fence(epochs: dict[int, int], disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[FenceReply]]:
-            return lambda replica: replica.fence(FenceSet(disk, scope, nonce, final, epochs), timeout_s=timeout_s)
+            request = FenceSet(disk, scope, nonce, final, epochs, lends)
+            return lambda replica: replica.fence(request, timeout_s=timeout_s)
 
-        await self._fence_all(scope, shards, fence, linger=not final)
+        return await self._fence_all(scope, shards, fence, linger=not final, lends=lends)
 
     async def unfence(self, scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:
         """See ``ports.Fences``."""
@@ -43,10 +46,12 @@ class RingFences:
 
         return await self._fence_all(scope, shards, unfence, linger=True)
 
-    async def _fence_all(self, scope: bytes, shards: Sequence[int], call: FenceCall, *, linger: bool = False) -> bool:
+    async def _fence_all(
+        self, scope: bytes, shards: Sequence[int], call: FenceCall, *, linger: bool = False, lends: bool = False
+    ) -> bool:
         """A fence holds for a disk, for all rows of the scope: each disk is asked once, and every shard needs its
         quorum. With ``linger`` the others are waited for too (those known to be away answer at once); the result says
-        whether all disks did it.
+        whether all disks did it. ``lends``: only replies that say that the fence lends count.
 
         All of it is for the states that this process knows. Where a disk knows a later one it begins again.
         """
@@ -61,7 +66,7 @@ class RingFences:
                     epochs[disk][name.partition] = view.epoch
             verdicts: set[int] = set()
             done = await self._calls.gather(
-                quorums, partial(_call_at, call, epochs), partial(_is_done, verdicts), deadline, linger=linger
+                quorums, partial(_call_at, call, epochs), partial(_is_done, verdicts, lends), deadline, linger=linger
             )
             if met_by_all(quorums, done):
                 return len(done) == len(epochs)
@@ -85,6 +90,6 @@ def _call_at(
     return call(epochs[disk], disk, timeout_s)
 
 
-def _is_done(verdicts: set[int], reply: FenceReply) -> bool:
+def _is_done(verdicts: set[int], lends: bool, reply: FenceReply) -> bool:
     verdicts.add(reply.verdict)
-    return reply.done
+    return reply.done and (reply.lends or not lends)

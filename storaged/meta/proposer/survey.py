@@ -80,7 +80,8 @@ class RingSurvey:
         held = {disk: Held(reply.accepted, reply.value) for disk, reply in replies}
         fenced = frozenset(disk for disk, reply in replies if reply.fenced)
         final = frozenset(disk for disk, reply in replies if reply.fenced and reply.final)
-        return Look(view.quorum, held, fenced, final)
+        lends = frozenset(disk for disk, reply in replies if reply.fenced and reply.lends and not reply.final)
+        return Look(view.quorum, held, fenced, final, lends)
 
     def _deadline(self) -> float:
         return self._calls.clock.monotonic() + min(self._calls.deadline_s, AGREEMENT_S)

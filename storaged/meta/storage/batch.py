@@ -11,7 +11,7 @@ from msgspec import Struct
 from storaged.hashes import is_page
 from storaged.meta.storage.redo import BODY_BYTES_MAX
 from storaged.meta.storage.rowvalue import pack_row, seal_small
-from storaged.meta.store_ports import Done, Slot, StoreBatch, StoredPage
+from storaged.meta.store_ports import Done, Fence, Slot, StoreBatch, StoredPage
 from storaged.units import MIB
 from storaged.wire import Buffer, Message, encode
 
@@ -23,6 +23,9 @@ ENTRY_BYTES_MAX = BODY_BYTES_MAX - 5
 
 BATCH_BYTES_MAX = ENTRY_BYTES_MAX - 2 * MIB
 """Of rows and small values in one batch: a group then also has room for a copy of up to a MiB."""
+
+FINAL, LENDS = 1, 2
+"""Flags of a fence, in the byte before its nonce. A final fence never lends, whatever its flags say."""
 
 ENTRY_OVERHEAD = 32
 """Upper bound of a row's prefix and of the lengths of its parts."""
@@ -118,7 +121,8 @@ def _packed(slot: Slot) -> tuple[bytes, bytes, bytes]:
 
 def _others_of(batch: StoreBatch) -> list[tuple[bytes, bytes, bytes | None]]:
     others: list[tuple[bytes, bytes, bytes | None]] = [
-        (b"fences", fence.scope, seal_small(fence.scope, bytes([fence.final]) + fence.nonce)) for fence in batch.fences
+        (b"fences", fence.scope, seal_small(fence.scope, bytes((_flags(fence),)) + fence.nonce))
+        for fence in batch.fences
     ]
     others.extend((b"fences", scope, None) for scope in batch.unfence)
     for name, value in batch.meta.items():
@@ -126,6 +130,16 @@ def _others_of(batch: StoreBatch) -> list[tuple[bytes, bytes, bytes | None]]:
             raise ValueError(f"not a name for a small value: {name!r}")
         others.append((b"meta", name.encode(), seal_small(name.encode(), value)))
     return others
+
+
+def _flags(fence: Fence) -> int:
+    return FINAL if fence.final else LENDS if fence.lends else 0
+
+
+def fence_of(scope: bytes, stored: bytes) -> Fence:
+    """From its flags and its nonce."""
+    final = bool(stored[0] & FINAL)
+    return Fence(scope, stored[1:], final, bool(stored[0] & LENDS) and not final)
 
 
 def encode_group(batches: Sequence[PackedBatch]) -> bytes:

@@ -21,7 +21,7 @@ Theory of operation
     heap           number                            rowvalue's row
     nodes          table || scope || shard           check || root node (u64 BE)
                    "next"                            check || the next free node (u64 BE)
-    fences         scope                             check || final (u8) || nonce
+    fences         scope                             check || flags (u8) || nonce
     pages          name of the page                  created ms (u64 BE) || the page
     meta           name                              check || value
                    NUL "identity"                    check || store id (16) || starts (u64 BE)

@@ -17,6 +17,7 @@ from storaged.errors import DiskUnusable
 from storaged.hashes import is_page
 from storaged.lmdb_file import LMDB_DAMAGED, Residency
 from storaged.meta.names import RegisterName
+from storaged.meta.storage.batch import fence_of
 from storaged.meta.storage.checkpoint import ROOTS_CACHED_MAX
 from storaged.meta.storage.cursor import (
     StoredRows,
@@ -188,7 +189,7 @@ class StoreReader:
 
     def get_fence(self, scope: bytes) -> Fence | None:
         sealed = self._get_small(b"fences", scope)
-        return None if sealed is None else Fence(scope, sealed[1:], sealed[0] == 1)
+        return None if sealed is None else fence_of(scope, sealed)
 
     def get_page(self, page_hash: bytes) -> bytes | None:
         stored = self._read(b"pages", page_hash)
