@@ -129,7 +129,7 @@ class Gateway:
         self.events = EventDelivery(plane, self.buckets, self._destinations, config.s3.region)
         plane.on_events = self.events.soon
         self._belief = Belief(plane, self.users)
-        context = node.maintain_context()
+        context = dataclasses.replace(node.maintain_context(), registers=plane.lender_registers)
         self.mover = Mover(context)
         self.discarder = Discarder(context, self.mover)
         self.partitions = PartitionDuty(node, self._late, self.buckets)
@@ -138,7 +138,7 @@ class Gateway:
             node.pool,
             node.layouts,
             {
-                "settle": settle_handler(node.ring),
+                "settle": settle_handler(plane.lender_registers),
                 "move": self.mover.answer,
                 "discard": self.discarder.answer,
                 "divide": divide_handler(self.mover.bucket, functools.partial(divide, plane)),

@@ -13,6 +13,7 @@ import structlog
 
 from storaged.errors import StoragedError
 from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import ACTIVE, LENDING
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.keyends import Ends, destroy_ended_keys
 from storaged.objects.system.users import UserService
@@ -99,12 +100,15 @@ async def tidy(plane: ObjectPlane, buckets: BucketService, on_ends: Callable[[En
     forgotten = 0
     records = await buckets.every_bucket()
     await keep_keys(
-        plane, buckets, {record.id: record.countries for record in records if record.state == "active"}, on_ends
+        plane,
+        buckets,
+        {record.id: record.countries for record in records if record.state in (ACTIVE, LENDING)},
+        on_ends,
     )
     for record in records:
         try:
             bucket = await buckets.resume(record)
-            if bucket is not None and bucket.state == "active":
+            if bucket is not None and bucket.state == ACTIVE:
                 forgotten += await forget_finished_uploads(plane, bucket)
         except StoragedError as error:
             log.info("a bucket waits for the next round", bucket=record.name, reason=error.message)

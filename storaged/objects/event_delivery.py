@@ -29,8 +29,7 @@ from storaged.objects.destinations import DeliveryFailed, Destinations
 from storaged.objects.event_document import document
 from storaged.objects.pending_events import PendingEvent
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import BucketRecord
-from storaged.objects.system.bucket_records import ACTIVE
+from storaged.objects.records import ACTIVE, BucketRecord
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.write.outbox import decode_keys, forget, open_event, stamped_ms
 from storaged.objects.write.versioned import change_versions

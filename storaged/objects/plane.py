@@ -8,6 +8,7 @@ outlive one call.
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,9 +34,10 @@ from storaged.objects.code.lifecycle import DAY_MS
 from storaged.objects.configuration.kinds import COPIES, VERSIONING
 from storaged.objects.garbage import Garbage
 from storaged.objects.hedge_delay import HedgeDelay
+from storaged.objects.lender_registers import LenderRegisters
 from storaged.objects.lifecycle.notes import Notes
 from storaged.objects.long_reads import LongReads
-from storaged.objects.ports import KeyService
+from storaged.objects.ports import KeyService, Lenders, NoLenders
 from storaged.objects.records import BucketRecord
 from storaged.objects.room import Room
 from storaged.sov1 import TAG_BYTES
@@ -167,7 +169,12 @@ class ObjectPlane:
     should have.
     """
 
+    lenders: Lenders = field(default_factory=NoLenders)
+    """``system.lenders.LenderService``, which sets itself here."""
+
     def __post_init__(self) -> None:
+        self.lender_registers = LenderRegisters(lambda: self.registers, lambda scope: self.lenders.find(scope))
+        """For what may change the rows of lenders, too."""
         self.counters = Counters()
         self.small_bytes_max = max(self.limits.small_bytes_max, self.limits.inline_sealed_bytes_max - TAG_BYTES)
         """Bodies that are not coded: they are in the record, or kept as copies."""
@@ -228,6 +235,12 @@ class ObjectPlane:
             state = self.layouts.partition(name.partition)
             plan = self._copy_plans[shard] = place.copy_plan(layout, state, self.liveness.disk_writable)
         return plan
+
+    def for_lenders(self) -> ObjectPlane:
+        """This plane, for what may change the rows of lenders, too: the end of loans."""
+        found = copy.copy(self)
+        found.registers = self.lender_registers
+        return found
 
     def now_agreed_ms(self) -> int | None:
         """See ``agreed_ms``."""

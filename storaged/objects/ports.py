@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from storaged.objects.records import BucketRecord
 from storaged.sov1 import SealBroken as SealBroken
 from storaged.sov1 import pack_context as pack_context
 
@@ -119,3 +120,27 @@ class KeyService(Protocol):
         """For what is kept in system registers: S3 secrets. nonce(12) || AES-256-GCM, context as AAD."""
 
     def open_secret(self, sealed: bytes, context: Sequence[bytes]) -> bytes: ...
+
+
+class Lenders(Protocol):
+    """Buckets that were deleted while copies in other buckets use their data."""
+
+    async def find(self, bucket_id: bytes) -> BucketRecord | None:
+        """The verified record of such a bucket, with the nonce of its fence; None: the bucket is none. Raises
+        DataDamaged, ServiceUnavailable.
+        """
+
+    async def bucket(self, name: str, bucket_id: bytes) -> BucketRecord | None:
+        """The bucket of this id, which has or had this name: as it is, or as a lender. None: it has ended, or is being
+        deleted. Raises as ``find``.
+        """
+
+
+class NoLenders:
+    """``Lenders`` of a plane without a directory of buckets."""
+
+    async def find(self, _bucket_id: bytes) -> BucketRecord | None:
+        return None
+
+    async def bucket(self, _name: str, _bucket_id: bytes) -> BucketRecord | None:
+        return None

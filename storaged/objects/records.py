@@ -413,10 +413,14 @@ class SealedList(Message, frozen=True, gc=False):
     storage_class: str = "STANDARD"
 
 
-class BucketRecord(Message, frozen=True):
-    """``bucket/NAME`` in the system table.
+ACTIVE, DELETING, DELETED, LENDING = "active", "deleting", "deleted", "lending"
+"""The states of a bucket's record."""
 
-    ``state``: active, deleting, deleted. ``countries``: empty for all that the cluster's policy allows. ``shards``: the
+
+class BucketRecord(Message, frozen=True):
+    """``bucket/NAME`` in the system table; ``bucket/:ID`` of a deleted bucket that still lends (``system.lenders``).
+
+    ``state``: active, deleting, deleted, lending. ``countries``: empty for all that the cluster's policy allows. ``shards``: the
     number of index shards. ``shard_list``: their numbers, one byte each, of a bucket with countries: the partitions of
     these shards lie inside them. Empty: 0 up to ``shards``, as in all old buckets.
 
@@ -426,6 +430,8 @@ class BucketRecord(Message, frozen=True):
 
     ``configuration``: the sealed entries of ``objects.configuration``; empty: there are none. ``plain``: none of them
     matters when the owner reads or writes an object. ``tags``: sealed, of a record that version 0.1.0 wrote.
+
+    ``formerly``: the name that a bucket had that is lending.
     """
 
     name: str
@@ -446,6 +452,7 @@ class BucketRecord(Message, frozen=True):
     signature: bytes = b""
     configuration: bytes = b""
     plain: bool = True
+    formerly: str = ""
 
     @property
     def shard_numbers(self) -> bytes:

@@ -8,21 +8,29 @@ from storaged.wire import Message
 
 
 class Borrower(Message, frozen=True):
-    """A version of the S3 key ``key``, in the same bucket, that has no data of its own. ``id``: 16 random bytes of the
-    copy that made it. ``ending``: random, of the request that looks whether the version is gone; empty: none does.
+    """A version of the S3 key ``key`` that has no data of its own. ``id``: 16 random bytes of the copy that made it.
+    ``ending``: random, of the request that looks whether the version is gone; empty: none does. ``scope``, ``shard``:
+    of its register, if that is in another bucket; empty: it is in the bucket of the record that lends.
     """
 
     id: bytes
     key: bytes
     since_ms: int
     ending: bytes = b""
+    scope: bytes = b""
+    shard: int = 0
 
 
 class Borrowed(Message, frozen=True):
-    """Where a version without data of its own has it: the ``Borrower`` with this ``id`` in the record of ``key``."""
+    """Where a version without data of its own has it: the ``Borrower`` with this ``id`` in the record of ``key``.
+    ``scope``, ``shard``: of that record's register, if it is in another bucket; ``bucket``: the name that this had.
+    """
 
     key: bytes
     id: bytes
+    scope: bytes = b""
+    shard: int = 0
+    bucket: str = ""
 
 
 class Departure(Message, frozen=True):

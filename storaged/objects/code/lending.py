@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-from storaged.meta.names import Value
+from storaged.meta.names import RegisterName, Table, Value, object_name
 from storaged.objects.code.history import newest_in
 from storaged.objects.code.versions import decode_record
-from storaged.objects.records import Loan, ObjectRecord, SharingRecord, sharing_of
+from storaged.objects.records import BucketRecord, Loan, ObjectRecord, SharingRecord, sharing_of
 from storaged.objects.sharing import Borrowed, Borrower, Departure
 
 LENT = "an object that was copied or renamed has a small part here: that stays whole until the object is written again"
 """Why a small body is not coded (``write.divide``)."""
+
+
+def may_lend(lender: BucketRecord, bucket: BucketRecord) -> bool:
+    """Whether a copy in ``bucket`` may borrow data of the other one. Readers compute the places of blocks from the
+    countries of the bucket that they read; and either bucket's records name keys of the other one.
+    """
+    return lender.id == bucket.id or (
+        set(lender.countries) == set(bucket.countries) and lender.profile == bucket.profile
+    )
+
+
+def name_of_owner(bucket: BucketRecord, borrowed: Borrowed) -> RegisterName:
+    """The register that has what a version of ``bucket`` borrows."""
+    return _name(bucket, borrowed)
+
+
+def name_of_borrower(bucket: BucketRecord, borrower: Borrower) -> RegisterName:
+    """The register of a version that borrows from a record of ``bucket``."""
+    return _name(bucket, borrower)
+
+
+def _name(bucket: BucketRecord, there: Borrowed | Borrower) -> RegisterName:
+    if not there.scope:
+        return object_name(bucket.id, bucket.shard_numbers, there.key)
+    return RegisterName(Table.OBJECT, there.scope, there.shard, there.key)
 
 
 def find_borrower(value: Value | None, borrower_id: bytes) -> tuple[Loan, Borrower] | None:

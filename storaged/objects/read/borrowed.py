@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from storaged.errors import DataDamaged
-from storaged.meta.names import RegisterName, object_name
-from storaged.objects.code.lending import find_borrower
+from storaged.meta.names import RegisterName
+from storaged.objects.code.lending import find_borrower, name_of_owner
 from storaged.objects.code.manifest import checked
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.find import Found, find
@@ -16,7 +16,7 @@ from storaged.objects.records import BucketRecord
 def owner_of(bucket: BucketRecord, found: Found) -> RegisterName:
     """The register that the data belongs to."""
     borrowed = found.opened.borrowed
-    return found.name if borrowed is None else object_name(bucket.id, bucket.shard_numbers, borrowed.key)
+    return found.name if borrowed is None else name_of_owner(bucket, borrowed)
 
 
 async def with_data(plane: ObjectPlane, bucket: BucketRecord, found: Found) -> Found:
@@ -27,7 +27,7 @@ async def with_data(plane: ObjectPlane, bucket: BucketRecord, found: Found) -> F
     if borrowed is None:
         return found
     owner = owner_of(bucket, found)
-    lent = find_borrower((await plane.registers.read(owner)).value, borrowed.id)
+    lent = find_borrower((await plane.lender_registers.read(owner)).value, borrowed.id)
     if lent is None:
         raise DataDamaged("The record of another key, which keeps the data of this one, does not have it.")
     loan, version = lent[0], found.opened.version

@@ -10,13 +10,16 @@ from storaged.cluster.signers import signer_id
 from storaged.errors import DataDamaged
 from storaged.meta.names import Change, RegisterName, Value, Visibility, system_name
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import BucketRecord
+from storaged.objects.records import DELETED, BucketRecord
 from storaged.objects.system import rows
 from storaged.objects.system.public import public_bytes
 from storaged.wire import decode, encode
 
-ACTIVE, DELETING, DELETED = "active", "deleting", "deleted"
 PREFIX = "bucket/"
+NONCE_SEQUENCE_BYTES = 8
+
+BARE = BucketRecord("", b"", "", 0, "", 0, "")
+"""What a deleted bucket, or a lender, keeps of its configuration."""
 
 _AUTHENTICATOR_AT = BucketRecord.__struct_fields__.index("authenticator")
 
@@ -73,6 +76,54 @@ class BucketRecords:
             return self.change(register, value, record)
 
         return await rows.read(plane.registers, plane.bad_rows, self.decode, rewrite, PREFIX + name)
+
+    async def last(self, name: str) -> tuple[int, BucketRecord] | None:
+        """The sequence and the record of the last change of a name, also of a deletion; None: it was never used. Raises
+        DataDamaged, ServiceUnavailable.
+        """
+        register = system_name(PREFIX + name)
+        value = (await self._plane.registers.read(register)).value
+        if value is None or not value.body:
+            return None
+        return value.sequence, self.verified(register, value, record_in(value.body))
+
+    async def is_deleted(self, name: str, bucket_id: bytes, nonce: bytes) -> bool:
+        """Whether an authentic record proves that this bucket was deleted by the attempt of this nonce: its own record,
+        or that of a later bucket of the same name. Raises as ``last``.
+        """
+        found = await self.last(name)
+        if found is None:
+            return False
+        sequence, record = found
+        if record.id == bucket_id:
+            return record.state == DELETED
+        return sequence > int.from_bytes(nonce[:NONCE_SEQUENCE_BYTES], "big")
+
+    async def step(self, record: BucketRecord, after: BucketRecord, *, draw: bytes = b"") -> BucketRecord | None:
+        """Compare-and-set from exactly ``record`` (by id, state and nonce). ``draw``: random bytes; the new record then
+        gets a nonce above all before it. None when the register has another record by now.
+        """
+        name = system_name(PREFIX + record.name)
+        done = False
+
+        def update(value: Value | None) -> Change | None:
+            nonlocal done, after
+            found = self.decode(name, value)
+            done = found is not None and (found.id, found.state, found.nonce) == (record.id, record.state, record.nonce)
+            if not done or found is None or value is None:
+                return None
+            if draw:
+                after = msgspec.structs.replace(
+                    after, nonce=value.sequence.to_bytes(NONCE_SEQUENCE_BYTES, "big") + draw
+                )
+            kept = found if after.state != DELETED else BARE
+            after = msgspec.structs.replace(
+                after, tags=kept.tags, configuration=kept.configuration, plain=kept.plain, object_lock=found.object_lock
+            )
+            return self.change(name, value, after)
+
+        await self._plane.registers.change(name, update)
+        return after if done else None
 
     def change(self, name: RegisterName, before: Value | None, record: BucketRecord) -> Change:
         """Signs the record for nodes without keys, and authenticates it. Both cover the sequence number too, so that an

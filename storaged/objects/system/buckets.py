@@ -3,6 +3,8 @@
     Active -> Deleting(nonce) -> Deleted                      empty: the fence of its id stays for ever
                               -> Active(nonce) -> Active      not empty: the fence is lifted, then the nonce cleared
 
+A bucket whose only rows lend data to other buckets counts as empty, and becomes a lender (``system.lenders``).
+
 Deleting a bucket closes it first: a durable fence on every index shard refuses all changes to its rows. Only then can
 the check whether it is empty be trusted, and only what replicas with the fence answer counts: one that has no fence yet
 may take a change after its answer. One of a majority may lie, and another one lag. So a bucket of which any replica
@@ -47,19 +49,20 @@ from storaged.objects.configuration.document import NOTHING, Configuration, Kind
 from storaged.objects.inventory.rows import drop_all_but
 from storaged.objects.lifecycle.index import drop_index
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import BucketRecord
+from storaged.objects.records import ACTIVE, DELETED, DELETING, LENDING, BucketRecord
 from storaged.objects.system import rows
-from storaged.objects.system.bucket_records import (
-    ACTIVE,
-    DELETED,
-    DELETING,
-    PREFIX,
-    BucketRecords,
-    decode_bucket,
-    record_in,
+from storaged.objects.system.bucket_records import PREFIX, BucketRecords, decode_bucket
+from storaged.objects.system.emptying import (
+    DOUBTED,
+    REPLICA_AWAY,
+    Left,
+    end_remains,
+    has_versions,
+    is_doubted,
+    left_under_fence,
 )
-from storaged.objects.system.emptying import DOUBTED, end_remains, has_versions, is_doubted
 from storaged.objects.system.fenced import FencedBuckets
+from storaged.objects.system.lenders import LenderService, lender_name
 from storaged.objects.system.shards import draw
 from storaged.objects.write.ended_uploads import retire_uploads
 from storaged.wire import Message
@@ -68,13 +71,9 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T", bound=Message)
 
-NONCE_SEQUENCE_BYTES = 8
 NONCE_BYTES = 8
 """Random, after the sequence number."""
 EMPTYING_ROUNDS_MAX = 8
-
-BARE = BucketRecord("", b"", "", 0, "", 0, "")
-"""What a deleted bucket keeps of its configuration."""
 
 OWNED_S = 10.0
 OWNERS_MAX = 1024
@@ -94,37 +93,16 @@ class BucketService:
         self._owned: dict[str, tuple[float, int]] = {}
         """User id -> when the count expires, and how many buckets the user has."""
         self._records = BucketRecords(plane)
+        self._lenders = LenderService(plane, self._records)
         self._fenced = FencedBuckets(plane.clock, limits.bucket_cache_s)
 
     async def _step(self, record: BucketRecord, after: BucketRecord, *, draw: bytes = b"") -> BucketRecord | None:
-        """Compare-and-set from exactly ``record`` (by id, state and nonce). ``draw``: random bytes; the new record then
-        gets a nonce above all before it. None when the register has another record by now.
-        """
-        name = system_name(PREFIX + record.name)
-        done = False
-
-        def update(value: Value | None) -> Change | None:
-            nonlocal done, after
-            found = self._records.decode(name, value)
-            done = found is not None and (found.id, found.state, found.nonce) == (record.id, record.state, record.nonce)
-            if not done or found is None or value is None:
-                return None
-            if draw:
-                after = msgspec.structs.replace(
-                    after, nonce=value.sequence.to_bytes(NONCE_SEQUENCE_BYTES, "big") + draw
-                )
-            kept = found if after.state != DELETED else BARE
-            after = msgspec.structs.replace(
-                after, tags=kept.tags, configuration=kept.configuration, plain=kept.plain, object_lock=found.object_lock
-            )
-            return self._records.change(name, value, after)
-
+        """See ``BucketRecords.step``."""
         self._cache.forget(record.name)
         try:
-            await self._plane.registers.change(name, update)
+            return await self._records.step(record, after, draw=draw)
         finally:
             await self._changed(record.name)
-        return after if done else None
 
     async def _changed(self, name: str) -> None:
         self._cache.forget(name)
@@ -299,43 +277,43 @@ class BucketService:
         return signed
 
     async def is_deleted(self, name: str, bucket_id: bytes, nonce: bytes) -> bool:
-        """Whether an authentic record proves that this bucket was deleted by the attempt of this nonce: its own record,
-        or that of a later bucket of the same name. Raises DataDamaged for a record that is not authentic,
-        ServiceUnavailable. A missing record proves nothing.
+        """Whether authentic records prove that this bucket was deleted by the attempt of this nonce, and that it lends
+        nothing. A missing record proves nothing. Raises DataDamaged for a record that is not authentic,
+        ServiceUnavailable.
         """
-        register = system_name(PREFIX + name)
-        value = (await self._plane.registers.read(register)).value
-        if value is None or not value.body:
+        if not await self._records.is_deleted(name, bucket_id, nonce):
             return False
-        record = self._records.verified(register, value, record_in(value.body))
-        if record.id == bucket_id:
-            return record.state == DELETED
-        return value.sequence > int.from_bytes(nonce[:NONCE_SEQUENCE_BYTES], "big")
+        return name == lender_name(bucket_id) or await self._lenders.find(bucket_id) is None
 
     async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
         """Raises BucketNotEmpty, NoSuchBucket, ServiceUnavailable, and SlowDown when nothing but events that are not
-        delivered yet is left, or only one replica knows of an object; then nothing of the bucket has changed. Its open
-        uploads end with it.
+        delivered yet is left, or only one replica knows of an object, or copies in other buckets use data and a replica
+        is away; then nothing of the bucket has changed. Its open uploads end with it.
         """
-        listed_nothing = False
+        listed: Left | None = None
         for _ in range(EMPTYING_ROUNDS_MAX):
-            row = await self._any_object(bucket, b"")
-            if row is not None and (has_versions(row) or not await end_remains(self._plane, bucket)):
+            row = await self._any_object(bucket)
+            left = Left.NOTHING
+            if row is not None:
+                left = Left.OBJECTS if has_versions(row) else await end_remains(self._plane, bucket)
+            if left is Left.OBJECTS:
                 break
-            if row is None and listed_nothing:
+            if row is None and listed is Left.NOTHING:
                 raise SlowDown(DOUBTED)
-            listed_nothing = row is None
+            if left is listed is Left.LOANS:
+                raise SlowDown(REPLICA_AWAY)
+            listed = left
             deleting = await self._step(
                 bucket, msgspec.structs.replace(bucket, state=DELETING), draw=self._plane.entropy(NONCE_BYTES)
             )
             if deleting is None:
                 raise NoSuchBucket(BucketName=bucket.name)
-            left = await self.resume(deleting)
-            if left is None:
+            found = await self.resume(deleting)
+            if found is None:
                 return
-            if left.state != ACTIVE:
+            if found.state != ACTIVE:
                 raise ServiceUnavailable("Another request is deleting this bucket.")
-            bucket = left
+            bucket = found
         raise BucketNotEmpty(BucketName=bucket.name)
 
     async def resume(self, record: BucketRecord) -> BucketRecord | None:
@@ -343,18 +321,14 @@ class BucketService:
         several gateways may call it at once.
         """
         plane = self._plane
+        if record.state == LENDING:
+            return await self._lenders.tend(record)
         if record.state == DELETING:
-            if await self._emptied(record):
-                # Before the record is Deleted: afterwards nothing leads to the key any more, since another bucket may
-                # take the name.
-                await plane.keys.end_bucket_key(record.id, record.name, record.nonce, record.shard_numbers)
-                deleted = await self._step(record, msgspec.structs.replace(record, state=DELETED))
-                if deleted is not None:
-                    await plane.fences.fence(record.id, record.shard_numbers, record.nonce, final=True)
-                    plane.background.spawn(retire_uploads(plane, record))
-                    return None
-            else:
+            left = await self._left_in(record)
+            if left is Left.OBJECTS:
                 await self._step(record, msgspec.structs.replace(record, state=ACTIVE))
+            elif await self._end(record, left):
+                return None
             current = await self._current(record)
             if current is None:
                 return None
@@ -371,42 +345,55 @@ class BucketService:
         found = await self._records.read(record.name)
         return found if found is not None and found.id == record.id else None
 
-    async def _emptied(self, bucket: BucketRecord) -> bool:
-        """Fences the bucket and returns whether it is empty. Open uploads do not count. They stay until the bucket is
+    async def _end(self, record: BucketRecord, left: Left) -> bool:
+        """Makes the record of an empty bucket Deleted. False: another request has taken the step, or another one."""
+        plane, lender = self._plane, None
+        if left is Left.LOANS:
+            lender = await self._lenders.begin(record)
+        else:
+            await self._lenders.drop(record.id, record.nonce)
+            # Before the record is Deleted: afterwards nothing leads to the key any more, since another bucket may take
+            # the name.
+            await plane.keys.end_bucket_key(record.id, record.name, record.nonce, record.shard_numbers)
+        if await self._step(record, msgspec.structs.replace(record, state=DELETED)) is None:
+            return False
+        if lender is not None:
+            plane.background.spawn(self._lenders.try_tend(lender))
+            return True
+        await plane.fences.fence(record.id, record.shard_numbers, record.nonce, final=True)
+        plane.background.spawn(retire_uploads(plane, record))
+        return True
+
+    async def _left_in(self, bucket: BucketRecord) -> Left:
+        """Fences the bucket and returns what it still has. Open uploads do not count. They stay until the bucket is
         Deleted, for it may turn out that an object is there. A Complete that is under way has its object by now, or
-        never gets it.
+        never gets it. ``LOANS`` only where the bucket can become a lender: then its fences lend.
         """
+        plane = self._plane
         with contextlib.suppress(NoSuchBucket):  # it is fenced already
-            await drop_index(self._plane, bucket)
-            await drop_all_but(self._plane, bucket)
-        await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)
+            await drop_index(plane, bucket)
+            await drop_all_but(plane, bucket)
+        everywhere = await plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)
         try:
             # In this order: to settle a key of which one replica alone has the object may be its end.
-            return not await is_doubted(self._plane, bucket) and await self._is_empty(bucket, bucket.nonce)
+            if await is_doubted(plane, bucket):
+                return Left.OBJECTS
+            left = await left_under_fence(plane, bucket)
+            if left is Left.LOANS and not (everywhere and await self._lenders.may_begin(bucket)):
+                return Left.OBJECTS
         except (
             CopyUnreadable,
             DataDamaged,
         ):  # there may be an object: the bucket would stay closed until the disk is back
-            return False
+            return Left.OBJECTS
+        return left
 
-    async def _is_empty(self, bucket: BucketRecord, nonce: bytes) -> bool:
-        return await self._any_object(bucket, nonce) is None
-
-    async def _any_object(self, bucket: BucketRecord, nonce: bytes) -> Row | None:
+    async def _any_object(self, bucket: BucketRecord) -> Row | None:
         """A page may be empty and not the last: the scan of very many tombstones continues in the next page."""
         start: bytes | None = b""
         while start is not None:
             page = await self._plane.scanner.list_page(
-                PageQuery(
-                    Table.OBJECT,
-                    bucket.id,
-                    bucket.shard_numbers,
-                    after=start,
-                    limit=1,
-                    hidden=True,
-                    settling_nonce=nonce,
-                    after_fence=bool(nonce),
-                )
+                PageQuery(Table.OBJECT, bucket.id, bucket.shard_numbers, after=start, limit=1, hidden=True)
             )
             if page.rows:
                 return page.rows[0]

@@ -2,22 +2,34 @@
 
 They do not count as contents, and end with the bucket: its final fence lets nothing of them change, so no Complete ever
 goes on. They are not aborted before, for an object may turn up that keeps the bucket. Afterwards their parts are put on
-the garbage lists, which are not behind the fence.
+the garbage lists, which are not behind the fence. The fence of a lender (``system.lenders``) lets no Complete go on
+either, but stays for long: so its uploads are aborted.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
+import msgspec
+
 from storaged.errors import DataDamaged, StoragedError
 from storaged.fragments.ports import OF_UPLOAD
 from storaged.meta.listing.merge import every_row
-from storaged.meta.names import Table, object_name
+from storaged.meta.names import Change, Table, Value, Visibility, object_name, upload_name
 from storaged.meta.ports import PageQuery
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord
 from storaged.objects.write.retire import retire_each
-from storaged.objects.write.uploads import LivingUpload, decode_part, living_upload
+from storaged.objects.write.uploads import (
+    ABORTED,
+    COMPLETING,
+    OPEN,
+    LivingUpload,
+    decode_part,
+    decode_upload,
+    living_upload,
+)
+from storaged.wire import encode
 
 
 async def retire_uploads(plane: ObjectPlane, bucket: BucketRecord) -> None:
@@ -36,6 +48,27 @@ async def retire_uploads(plane: ObjectPlane, bucket: BucketRecord) -> None:
                 continue
     except (StoragedError, TimeoutError):
         return
+
+
+async def end_uploads(plane: ObjectPlane, lender: BucketRecord) -> None:
+    """Aborts the open uploads of a lender, whose fence is not final, and retires their parts. ``plane``: for lenders.
+    Raises DataDamaged, ServiceUnavailable.
+    """
+    query = partial(PageQuery, scope=lender.id, settling_nonce=lender.nonce, after_fence=True)
+
+    def aborted(value: Value | None) -> Change | None:
+        record = decode_upload(value)
+        if record is None or record.state not in (OPEN, COMPLETING):
+            return None
+        record = msgspec.structs.replace(record, state=ABORTED, pinned=b"", changed_ms=plane.clock.wall_ms())
+        return Change(encode(record), Visibility.HIDDEN)
+
+    async for row in every_row(plane.scanner, query(Table.UPLOAD, shards=lender.shard_numbers)):
+        upload = living_upload(row.key, row.value)
+        if upload is not None:
+            upload_id = upload.record.upload_id
+            await plane.registers.change(upload_name(lender.id, upload.key, upload_id), aborted)
+            await _retire(plane, lender, upload, query(Table.PART, shards=[upload_id[0]], prefix=upload_id))
 
 
 async def _retire(plane: ObjectPlane, bucket: BucketRecord, upload: LivingUpload, parts: PageQuery) -> None:

@@ -1,9 +1,9 @@
 """Copies that move no data: the new version borrows the data of its source (``loans``).
 
-That is possible inside one bucket (storaged/README.md, «Loans», says why), for a coded object, when the copy wants the
-checksums that the source has, and neither of them has SSE-C: no other record may open data under a customer's key. The
-data key is wrapped anew, for the copy's key and version; the metadata and the list field are sealed anew. A copy
-inherits the context id, under which its body opens.
+That is possible inside one bucket, and between buckets with the same countries and profile, for a coded object, when
+the copy wants the checksums that the source has, and neither of them has SSE-C: no other record may open data under a
+customer's key. The data key is wrapped anew, for the copy's bucket, key and version; the metadata and the list field
+are sealed anew. A copy inherits the context id, under which its body opens.
 
 The copy of an object that was uploaded in parts has the same parts, and so the same ETag and the same checksums, those
 of its parts included. S3 makes one part of it, whose ETag is the MD5 of the whole: that can't be known without reading
@@ -22,6 +22,7 @@ from storaged.errors import DataDamaged
 from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import NO_READ_CONDITIONS, CopySource, NewMeta, ObjectInfo, PutResult, WriteConditions
 from storaged.objects.code.history import Draft, Entry
+from storaged.objects.code.lending import may_lend
 from storaged.objects.code.manifest import manifest_pages, seal_parts, sealed_parts_of
 from storaged.objects.code.version_names import required_name
 from storaged.objects.code.versions import (
@@ -40,8 +41,8 @@ from storaged.objects.encryption import CUSTOMER, NO_KEY, Encryption
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.borrowed import owner_of, with_data
 from storaged.objects.read.find import Found, find
-from storaged.objects.records import BucketRecord, PartEntry, SealedMeta, SealedPart, Version
-from storaged.objects.sharing import Borrowed, Borrower
+from storaged.objects.records import ACTIVE, BucketRecord, PartEntry, SealedMeta, SealedPart, Version
+from storaged.objects.sharing import Borrowed
 from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.checksums import FULL_OBJECT
 from storaged.objects.write.commit import AfterPromise, change_once
@@ -50,6 +51,8 @@ from storaged.objects.write.loans import (
     BORROWER_ID_BYTES,
     NotLent,
     Wanted,
+    introduce,
+    lender_of,
     let_go,
     with_loan,
 )
@@ -58,11 +61,14 @@ from storaged.objects.write.put import AddedVersion, NewObject, Write, check_ear
 
 
 class Lendable(NamedTuple):
-    """A source whose data a copy may borrow. ``owner``: the register that the data belongs to."""
+    """A source whose data a copy may borrow. ``owner``: the register that the data belongs to, of the bucket
+    ``lender``.
+    """
 
     info: ObjectInfo
     found: Found
     owner: RegisterName
+    lender: BucketRecord
 
 
 async def lendable(
@@ -76,7 +82,7 @@ async def lendable(
     """None: the copy needs data of its own. Raises as ``get`` of the source does, and SlowDown when the source is not
     the object that the sender may copy.
     """
-    if source.bucket.id != bucket.id or source.key == key or source.customer_key != NO_KEY:
+    if (source.bucket.id, source.key) == (bucket.id, key) or source.customer_key != NO_KEY:
         return None
     if encryption is not None and encryption.kind == CUSTOMER:
         return None
@@ -90,8 +96,10 @@ async def lendable(
     if source.conditions != NO_READ_CONDITIONS:
         check_copy_source(source.conditions, info.etag, info.modified_ms)
     check_allowed(access_of(info), source.allowed)
-    owner = owner_of(bucket, found)
-    return Lendable(info, found, owner) if replicas_answer(plane, owner) else None
+    owner, lender = owner_of(source.bucket, found), await lender_of(plane, source.bucket, opened.borrowed)
+    if lender is None or lender.state != ACTIVE or not may_lend(lender, bucket) or not replicas_answer(plane, owner):
+        return None
+    return Lendable(info, found, owner, lender)
 
 
 def has_checksums(info: ObjectInfo, algorithm: str) -> bool:
@@ -187,17 +195,16 @@ async def copy_lent(
     bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries)
     name, opened = object_name(bucket.id, bucket.shard_numbers, key), lent.found.opened
     plane.room.check(name, bucket.countries)
-    data = await lent_of(plane, bucket, source.key, lent.found)
+    data = await lent_of(plane, source.bucket, source.key, lent.found)
     part = NewPart(bucket, name, opened.dek, opened.version.context_id)
     write = Write(plane, Place(bucket.id, key), bucket_key, part, NewObject(new, owner, conditions))
-    borrowed = Borrowed(lent.owner.key, plane.entropy(BORROWER_ID_BYTES))
+    borrowed, borrower = introduce(plane, lent.owner, lent.lender, name, plane.entropy(BORROWER_ID_BYTES))
     sealed = SealedPages(write, data)
     added = _BorrowingVersion(write, lent, sealed, borrowed)
     await check_early(plane, name, write.place, added.keys, conditions)
     outgoing = await outgoing_of(plane, bucket, name, new.origin) if new.origin is not None else None
     added.tell(outgoing)
     named = required_name(source.version_id) if source.version_id else None
-    borrower = Borrower(borrowed.id, key, plane.clock.wall_ms())
     wanted = Wanted(lent.owner, data.data_ids, named, borrower, data.pages)
 
     async def commit(check: AfterPromise) -> None:
@@ -210,7 +217,7 @@ async def copy_lent(
 
         await change_once(plane, added.keys, name, added.update, after_promise)
 
-    await with_loan(plane, bucket, wanted, commit)
+    await with_loan(plane, lent.lender, wanted, commit)
     if outgoing is not None:
         outgoing.committed()
     let_go(plane, bucket, name, added.change.removed)

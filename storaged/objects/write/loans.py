@@ -1,4 +1,4 @@
-"""Loans: a version of one key reads the data of another key of its bucket, so that a copy moves no data.
+"""Loans: a version of one key reads the data of another key, of its bucket or another one, so that a copy moves no data.
 
 Theory of operation. Data belongs to one register, its *owner*. Each of its fragments names the owner, and deletion,
 repair and moves ask the owner alone. A copy does not change that: the owner's record keeps the data for it.
@@ -51,13 +51,13 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from storaged.errors import DataDamaged, StoragedError
+from storaged.errors import DataDamaged, NoSuchBucket, StoragedError
 from storaged.fragments.ports import REPLACED
 from storaged.ids import DATA_ID_BYTES
-from storaged.meta.names import RegisterName, Value, object_name
+from storaged.meta.names import RegisterName, Value
 from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.history import Draft
-from storaged.objects.code.lending import find_borrower, uses
+from storaged.objects.code.lending import find_borrower, name_of_borrower, name_of_owner, uses
 from storaged.objects.code.version_names import VersionName
 from storaged.objects.code.versions import decode_record
 from storaged.objects.plane import ObjectPlane
@@ -92,8 +92,7 @@ is further in the future than this is of a wrong clock: such a copy counts as ol
 class Wanted(NamedTuple):
     """The data that a copy borrows, of the register ``owner``: a loan has it, or the version ``named`` (None: the
     current one). ``data_ids``: of its parts in the record. An upload that was completed twice may have made versions of
-    some and of all of its parts, so the first one does not tell. ``borrower``: the new version, of a key of the same
-    bucket. ``pages``: with the parts, the first one first. Their hashes name the places of the blocks, too: data whose
+    some and of all of its parts, so the first one does not tell. ``borrower``: the new version. ``pages``: with the parts, the first one first. Their hashes name the places of the blocks, too: data whose
     blocks move in this moment is not lent.
     """
 
@@ -106,6 +105,20 @@ class Wanted(NamedTuple):
     def are_parts_of(self, having: Version | Loan) -> bool:
         first = self.pages[0] if self.pages else b""
         return having.manifest == first and tuple(part.data_id for part in having.parts) == self.data_ids
+
+
+def introduce(
+    plane: ObjectPlane, owner: RegisterName, lender: BucketRecord, name: RegisterName, loan_id: bytes
+) -> tuple[Borrowed, Borrower]:
+    """What the records of the owner and of the borrowing key ``name`` will say of each other. ``lender``: the owner's
+    bucket."""
+    now_ms = plane.clock.wall_ms()
+    if owner.scope == name.scope:
+        return Borrowed(owner.key, loan_id), Borrower(loan_id, name.key, now_ms)
+    return (
+        Borrowed(owner.key, loan_id, owner.scope, owner.shard, lender.name),
+        Borrower(loan_id, name.key, now_ms, b"", name.scope, name.shard),
+    )
 
 
 class NotLent(Exception):
@@ -136,17 +149,17 @@ async def check_everywhere(plane: ObjectPlane, owner: RegisterName, borrower_id:
 async def with_loan(
     plane: ObjectPlane, bucket: BucketRecord, wanted: Wanted, commit: Callable[[AfterPromise], Awaitable[T]]
 ) -> T:
-    """Lends the data, and has ``commit`` commit the borrowing version. ``commit`` gets a function to await between its
-    promise and its accept. When ``commit`` raises, the loan is ended in the background, unless the version was accepted
+    """Lends the data, and has ``commit`` commit the borrowing version. ``bucket``: of the owner. ``commit`` gets a
+    function to await between its promise and its accept. When ``commit`` raises, the loan is ended in the background, unless the version was accepted
     all the same. Returns what ``commit`` returns. Raises NotLent, and as ``commit``.
     """
-    borrowed = Borrowed(wanted.owner.key, wanted.borrower.id)
+    borrower_id = wanted.borrower.id
     await add_borrower(plane, bucket, wanted)
     try:
-        await check_everywhere(plane, wanted.owner, borrowed.id)
-        return await commit(lambda: check_lent(plane, wanted.owner, borrowed.id))
+        await check_everywhere(plane, wanted.owner, borrower_id)
+        return await commit(lambda: check_lent(plane, wanted.owner, borrower_id))
     except BaseException:
-        plane.background.spawn(try_end_loan(plane, bucket, borrowed))
+        plane.background.spawn(_try_end(plane, bucket, wanted.owner, borrower_id))
         raise
 
 
@@ -169,7 +182,10 @@ async def add_borrower(plane: ObjectPlane, bucket: BucketRecord, wanted: Wanted)
             raise NotLent
         return True
 
-    await change_versions(plane, BucketKeys(plane, bucket), wanted.owner, edit)
+    try:
+        await change_versions(plane, BucketKeys(plane, bucket), wanted.owner, edit)
+    except NoSuchBucket:
+        raise NotLent from None  # it is being deleted: the copy may be in another bucket
 
 
 def _loan_of(draft: Draft, wanted: Wanted) -> Loan:
@@ -189,7 +205,7 @@ def _loan_of(draft: Draft, wanted: Wanted) -> Loan:
 
 async def check_lent(plane: ObjectPlane, owner: RegisterName, borrower_id: bytes) -> None:
     """To be awaited between the promise and the accept of the borrowing version. Raises NotLent, ServiceUnavailable."""
-    found = find_borrower((await plane.registers.read(owner)).value, borrower_id)
+    found = find_borrower((await plane.lender_registers.read(owner)).value, borrower_id)
     if found is None or found[1].ending:
         raise NotLent
 
@@ -198,36 +214,49 @@ async def check_lent(plane: ObjectPlane, owner: RegisterName, borrower_id: bytes
 
 
 async def end_loan(plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, borrower_id: bytes) -> None:
-    """Removes a borrower from its loan, if no version of its key has the data any more. Raises StoragedError: then the
-    loan stays until the next look at it.
+    """Removes a borrower from its loan, if no version of its key has the data any more. ``bucket``: of the owner, which
+    may be a lender. Raises StoragedError: then the loan stays until the next look at it.
     """
-    mark = plane.entropy(MARK_BYTES)
-    key = await _mark(plane, bucket, owner, borrower_id, mark)
-    if key is None:
+    plane, mark = plane.for_lenders(), plane.entropy(MARK_BYTES)
+    borrower = await _mark(plane, bucket, owner, borrower_id, mark)
+    if borrower is None:
         return
-    value = await plane.registers.settle(object_name(bucket.id, bucket.shard_numbers, key))
-    await _conclude(plane, bucket, owner, borrower_id, mark, used=uses(value, borrower_id))
+    used = await _is_used(plane, name_of_borrower(bucket, borrower), borrower_id, settled=True)
+    await _conclude(plane, bucket, owner, borrower_id, mark, used=used)
+
+
+async def _is_used(plane: ObjectPlane, name: RegisterName, borrower_id: bytes, *, settled: bool = False) -> bool:
+    """Whether a version of the key is the borrower; ``settled``: also after every proposal that is under way. A bucket
+    that has ended uses nothing: its final fence, at a majority, is as good as a round. Raises StoragedError.
+    """
+    registers = plane.lender_registers
+    try:
+        return uses(await registers.settle(name) if settled else (await registers.read(name)).value, borrower_id)
+    except NoSuchBucket as error:
+        if error.details.get("final"):
+            return False
+        raise
 
 
 async def _mark(
     plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, borrower_id: bytes, mark: bytes
-) -> bytes | None:
-    """Returns the borrower's key; None: there is no such borrower."""
-    key: bytes | None = None
+) -> Borrower | None:
+    """Returns the borrower; None: there is no such one."""
+    found: Borrower | None = None
 
     def edit(draft: Draft, _ordinal: int) -> bool:
-        nonlocal key
-        key = None
+        nonlocal found
+        found = None
         for loan in draft.loans:
             for borrower in loan.borrowers:
                 if borrower.id == borrower_id:
-                    key = borrower.key
+                    found = borrower
                     _replace(draft, loan, borrower, msgspec.structs.replace(borrower, ending=mark))
                     return True
         return False
 
     await change_versions(plane, BucketKeys(plane, bucket), owner, edit)
-    return key
+    return found
 
 
 async def _conclude(
@@ -279,9 +308,28 @@ def _replace(draft: Draft, loan: Loan, borrower: Borrower, by: Borrower | None) 
 
 
 async def try_end_loan(plane: ObjectPlane, bucket: BucketRecord, borrowed: Borrowed) -> None:
-    """As ``end_loan``, in the background."""
+    """As ``end_loan``, in the background, of what a version of ``bucket`` has borrowed."""
+    owner = name_of_owner(bucket, borrowed)
     try:
-        await end_loan(plane, bucket, object_name(bucket.id, bucket.shard_numbers, borrowed.key), borrowed.id)
+        lender = await lender_of(plane, bucket, borrowed)
+    except StoragedError:
+        return
+    if lender is not None:
+        await _try_end(plane, lender, owner, borrowed.id)
+
+
+async def lender_of(plane: ObjectPlane, bucket: BucketRecord, borrowed: Borrowed | None) -> BucketRecord | None:
+    """The bucket whose record has what a version of ``bucket`` has: its own, or that from which it was ``borrowed``.
+    None: that can't be said now. Raises DataDamaged, ServiceUnavailable.
+    """
+    if borrowed is None or not borrowed.scope:
+        return bucket
+    return await plane.lenders.bucket(borrowed.bucket, borrowed.scope)
+
+
+async def _try_end(plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, borrower_id: bytes) -> None:
+    try:
+        await end_loan(plane, bucket, owner, borrower_id)
     except StoragedError:
         return  # the next walk asks for a look at it
 
@@ -290,15 +338,14 @@ async def end_unused(plane: ObjectPlane, bucket: BucketRecord, owner: RegisterNa
     """Ends the loans of failed copies, and of versions that were removed while no process could end their loans.
     Returns how many loans the record has afterwards. Raises StoragedError.
     """
-    now_ms = plane.clock.wall_ms()
-    for loan in sharing_of(decode_record((await plane.registers.read(owner)).value)).loans:
+    now_ms, registers = plane.clock.wall_ms(), plane.lender_registers
+    for loan in sharing_of(decode_record((await registers.read(owner)).value)).loans:
         for borrower in loan.borrowers:
-            name = object_name(bucket.id, bucket.shard_numbers, borrower.key)
             if not now_ms - fresh_ms < borrower.since_ms <= now_ms + FRESH_MS and (
-                borrower.ending or not uses((await plane.registers.read(name)).value, borrower.id)
+                borrower.ending or not await _is_used(plane, name_of_borrower(bucket, borrower), borrower.id)
             ):
                 await end_loan(plane, bucket, owner, borrower.id)
-    return len(sharing_of(decode_record((await plane.registers.read(owner)).value)).loans)
+    return len(sharing_of(decode_record((await registers.read(owner)).value)).loans)
 
 
 def let_go(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, gone: Gone) -> None:

@@ -57,7 +57,7 @@ from storaged.objects.read.borrowed import owner_of
 from storaged.objects.read.find import Found, current_entry, find
 from storaged.objects.read.get import get
 from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, Version, sharing_of
-from storaged.objects.sharing import Borrowed, Borrower, Departure
+from storaged.objects.sharing import Borrowed, Departure
 from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.commit import AfterPromise, change_once, commit
 from storaged.objects.write.copy import body_of, check_size
@@ -79,7 +79,7 @@ from storaged.objects.write.departures import (
     try_end_old,
 )
 from storaged.objects.write.lent_copy import SealedPages, is_coded, lent_of, replicas_answer
-from storaged.objects.write.loans import BORROWED_MAX, NotLent, Wanted, let_go, with_loan
+from storaged.objects.write.loans import BORROWED_MAX, NotLent, Wanted, introduce, lender_of, let_go, with_loan
 from storaged.objects.write.outbox import Outgoing
 from storaged.objects.write.outbox import outgoing as outgoing_of
 from storaged.objects.write.put import DEK_BYTES, AddedVersion, NewObject, Write, note_stored
@@ -231,12 +231,15 @@ class _Rename:
 
     async def _lend(self, found: Found, owner: RegisterName, outgoing: Outgoing | None) -> PutResult:
         """Raises NotLent."""
-        plane, bucket, key, opened = self._plane, self._bucket, self._asked.key, found.opened
+        plane, bucket, opened = self._plane, self._bucket, found.opened
         data = await lent_of(plane, bucket, self._asked.source, found)
         write = await self._write(opened, NewPart(bucket, self._new, opened.dek, opened.version.context_id))
+        lender = await lender_of(plane, bucket, opened.borrowed)
+        if lender is None or lender.state != ACTIVE:
+            raise NotLent
         sealed = SealedPages(write, data)
-        added = _Arriving(self, write, opened, sealed, Borrowed(owner.key, self.id))
-        borrower = Borrower(self.id, key, plane.clock.wall_ms())
+        borrowed, borrower = introduce(plane, owner, lender, self._new, self.id)
+        added = _Arriving(self, write, opened, sealed, borrowed)
         wanted = Wanted(owner, data.data_ids, None, borrower, data.pages)
 
         async def commit_lent(check_lent: AfterPromise) -> None:
@@ -248,7 +251,7 @@ class _Rename:
             added.tell(outgoing)
             await change_once(plane, added.keys, self._new, added.update, after_promise)
 
-        await with_loan(plane, bucket, wanted, commit_lent)
+        await with_loan(plane, lender, wanted, commit_lent)
         return self._arrived(write, added, outgoing)
 
     async def _seal_anew(self, found: Found, outgoing: Outgoing | None) -> PutResult:

@@ -1,0 +1,186 @@
+"""Lenders: buckets that were deleted while copies in other buckets use their data (``write.loans``).
+
+Theory of operation. A loan belongs to the row of the key that has the data. When its bucket is deleted the row has to
+stay, with all that looks after it: rounds that settle it, repair, moves of blocks, and the end of the loan. For these
+the bucket goes on under a name that no client can use. Its own name is free at once.
+
+    bucket/NAME   Active -> Deleting(nonce) -> Deleted
+    bucket/:ID                      Lending(nonce) -> Deleted     when its last loan has ended
+
+*No client changes a lender.* A request may have slept since the bucket was there. The bucket's fence refuses it, and
+stays until the lender has ended; then it becomes final, as that of every deleted bucket. Meanwhile it lends: it lets
+pass what comes with its nonce. Only what uses ``lender_registers`` gets that, from the record of the lender.
+
+*Every replica has the fence* before the bucket is a lender, and then every replica was asked for objects. So no replica
+has one, nor takes one. A majority would not do. One replica without the fence may take a create that nobody sees, and a
+round that settles the row, long after, might carry it on. A disk that comes to a partition gets the fences of its
+majority; what it may take before is removed (``_remove_versions``): no request was told that it is there, for a
+majority has refused it.
+
+*The order.* The record of the lender is written first, then the name becomes Deleted; that is the deletion. If it does
+not come to that, because a gateway died or an object was found, the name is Active again or stays Deleting. Then the
+record of the lender goes (``tend``), unless the attempt with its nonce is still under way. What uses the nonce meanwhile
+does no harm: it ends loans and names places, which the bucket itself would take.
+
+*No new loans.* A lender gets no borrower any more, so it ends when those that it has have gone. Nothing is left then
+that a request could still change, and no round has to be made.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import structlog
+
+from storaged.errors import ServiceUnavailable, StoragedError
+from storaged.meta.listing.merge import every_row
+from storaged.meta.names import Change, RegisterName, Table, Value, object_name, system_name
+from storaged.meta.ports import PageQuery, Row
+from storaged.objects.bucket_keys import BucketKeys
+from storaged.objects.code.history import Draft
+from storaged.objects.code.versions import decode_record
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import ACTIVE, DELETED, DELETING, LENDING, BucketRecord
+from storaged.objects.system.bucket_records import BARE, PREFIX, BucketRecords, record_in
+from storaged.objects.system.emptying import is_doubted
+from storaged.objects.write.ended_uploads import end_uploads
+from storaged.objects.write.loans import let_go
+from storaged.objects.write.versioned import change_versions
+
+log = structlog.get_logger("housekeeping")
+
+
+def lender_name(bucket_id: bytes) -> str:
+    """The name of a lender in ``bucket/``: no bucket of a client has a colon in its name."""
+    return f":{bucket_id.hex()}"
+
+
+class LenderService:
+    """Implements ``ports.Lenders``."""
+
+    def __init__(self, plane: ObjectPlane, records: BucketRecords) -> None:
+        self._plane = plane
+        self._records = records
+        plane.lenders = self
+
+    async def find(self, bucket_id: bytes) -> BucketRecord | None:
+        found = await self._records.read(lender_name(bucket_id))
+        return found if found is not None and found.id == bucket_id and found.state == LENDING else None
+
+    async def bucket(self, name: str, bucket_id: bytes) -> BucketRecord | None:
+        found = await self._records.read(name)
+        if found is not None and found.id == bucket_id and found.state == ACTIVE:
+            return found
+        return await self.find(bucket_id)
+
+    async def may_begin(self, bucket: BucketRecord) -> bool:
+        """Whether the bucket can become a lender, after every replica has got its fence, and only loans to other
+        buckets were found: then all fences lend. Raises ServiceUnavailable.
+        """
+        if await is_doubted(self._plane, bucket, everyone=True):
+            return False
+        return await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce, lends=True)
+
+    async def begin(self, bucket: BucketRecord) -> BucketRecord:
+        """Writes the record of the lender, before the bucket is Deleted. Raises DataDamaged, ServiceUnavailable."""
+        name = system_name(PREFIX + lender_name(bucket.id))
+        lender = msgspec.structs.replace(
+            bucket,
+            name=lender_name(bucket.id),
+            formerly=bucket.name,
+            state=LENDING,
+            tags=BARE.tags,
+            configuration=BARE.configuration,
+            plain=BARE.plain,
+        )
+
+        def update(value: Value | None) -> Change | None:
+            before = self._before(name, value)
+            if before is not None and before.nonce >= bucket.nonce:
+                if (before.nonce, before.state) == (bucket.nonce, LENDING):
+                    return None
+                raise ServiceUnavailable("Another request has deleted this bucket, or goes on with it.")
+            return self._records.change(name, value, lender)
+
+        await self._plane.registers.change(name, update)
+        return lender
+
+    def _before(self, name: RegisterName, value: Value | None) -> BucketRecord | None:
+        """The record, also of a lender that has ended. Raises DataDamaged."""
+        return None if value is None or not value.body else self._records.verified(name, value, record_in(value.body))
+
+    async def drop(self, bucket_id: bytes, nonce: bytes) -> None:
+        """Removes the record of a lender that an attempt before that of ``nonce`` has left. Raises DataDamaged,
+        ServiceUnavailable.
+        """
+        found = await self.find(bucket_id)
+        if found is not None and found.nonce < nonce:
+            await self._records.step(found, msgspec.structs.replace(found, state=DELETED))
+
+    # --- upkeep
+
+    async def tend(self, lender: BucketRecord) -> BucketRecord | None:
+        """Looks after a lender: ends it when it lends nothing any more, or if its bucket was not deleted. Returns None
+        when it has ended. Raises DataDamaged, ServiceUnavailable.
+        """
+        last = await self._records.last(lender.formerly)
+        if last is None:
+            return lender  # proves nothing
+        _, record = last
+        if record.id == lender.id and (record.state, record.nonce) != (DELETED, lender.nonce):
+            if (record.state, record.nonce) == (DELETING, lender.nonce):
+                return lender  # the deletion goes on
+            await self._records.step(lender, msgspec.structs.replace(lender, state=DELETED))
+            return None
+        if not await self._records.is_deleted(lender.formerly, lender.id, lender.nonce):
+            return lender
+        await end_uploads(self._plane.for_lenders(), lender)
+        row = await self._any_row(lender)
+        if row is None:
+            return None if await self._end(lender) else lender
+        if decode_record(row.value).versions:
+            await self._remove_versions(lender, row.key)
+        return lender
+
+    async def try_tend(self, lender: BucketRecord) -> None:
+        """As ``tend``, in the background."""
+        try:
+            await self.tend(lender)
+        except StoragedError:
+            return  # housekeeping does it again
+
+    async def _any_row(self, lender: BucketRecord) -> Row | None:
+        wanted = PageQuery(
+            Table.OBJECT,
+            lender.id,
+            lender.shard_numbers,
+            limit=1,
+            hidden=True,
+            settling_nonce=lender.nonce,
+            after_fence=True,
+        )
+        async for row in every_row(self._plane.scanner, wanted):
+            return row
+        return None
+
+    async def _remove_versions(self, lender: BucketRecord, key: bytes) -> None:
+        """Of a request that every majority has refused. Raises ServiceUnavailable."""
+        plane, name = self._plane.for_lenders(), object_name(lender.id, lender.shard_numbers, key)
+
+        def edit(draft: Draft, _ordinal: int) -> bool:
+            entries = list(draft.inline)
+            for entry in entries:
+                draft.remove(entry)
+            return bool(entries)
+
+        _, gone = await change_versions(plane, BucketKeys(plane, lender), name, edit)
+        let_go(plane, lender, name, gone)
+        log.info("a version of a deleted bucket is removed: its request was refused", bucket=lender.formerly)
+
+    async def _end(self, lender: BucketRecord) -> bool:
+        plane = self._plane
+        await plane.keys.end_bucket_key(lender.id, lender.name, lender.nonce, lender.shard_numbers)
+        if await self._records.step(lender, msgspec.structs.replace(lender, state=DELETED)) is None:
+            return False
+        await plane.fences.fence(lender.id, lender.shard_numbers, lender.nonce, final=True)
+        log.info("a deleted bucket lends nothing any more", bucket=lender.formerly, id=lender.id.hex())
+        return True
