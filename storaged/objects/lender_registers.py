@@ -1,5 +1,5 @@
-"""The registers as maintenance sees them: also those of lenders, buckets that were deleted while copies in other buckets
-use their data (``system.lenders``).
+"""The registers as maintenance sees them: also those of lenders, buckets that were deleted while copies in other
+buckets use their data (``system.lenders``).
 
 A lender's fence refuses every change that comes without its nonce, and so all requests of clients. What may change a
 lender uses these registers in place of the bare ones: the end of a loan, new places of blocks, and rounds that settle.

@@ -420,9 +420,9 @@ ACTIVE, DELETING, DELETED, LENDING = "active", "deleting", "deleted", "lending"
 class BucketRecord(Message, frozen=True):
     """``bucket/NAME`` in the system table; ``bucket/:ID`` of a deleted bucket that still lends (``system.lenders``).
 
-    ``state``: active, deleting, deleted, lending. ``countries``: empty for all that the cluster's policy allows. ``shards``: the
-    number of index shards. ``shard_list``: their numbers, one byte each, of a bucket with countries: the partitions of
-    these shards lie inside them. Empty: 0 up to ``shards``, as in all old buckets.
+    ``state``: active, deleting, deleted, lending. ``countries``: empty for all that the cluster's policy allows.
+    ``shards``: the number of index shards. ``shard_list``: their numbers, one byte each, of a bucket with countries:
+    the partitions of these shards lie inside them. Empty: 0 up to ``shards``, as in all old buckets.
 
     ``authenticator``: HMAC by a keyring key over (register name, sequence, the other fields); a record that does not
     verify is refused. ``signature``: over the public part (``objects.system.public``), by the key that ``signer``

@@ -46,8 +46,9 @@ def has_versions(row: Row) -> bool:
 
 async def is_doubted(plane: ObjectPlane, bucket: BucketRecord, *, everyone: bool = False) -> bool:
     """Whether some replica has an object of the bucket in whose place a majority has nothing newer. ``everyone``: also
-    when a replica does not answer. Nothing is settled here: a round does not count what one replica alone has, where the others say that the key was never written. An
-    interrupted write may have left it. Then repair, which gets a report of it, settles it soon.
+    when a replica does not answer. Nothing is settled here: a round does not count what one replica alone has, where
+    the others say that the key was never written. An interrupted write may have left it. Then repair, which gets a
+    report of it, settles it soon.
     """
     looks = [_doubted_in(plane, bucket, shard, everyone=everyone) for shard in bucket.shard_numbers]
     return any(await gather_bounded(looks, SHARDS_AT_ONCE))

@@ -19,8 +19,8 @@ majority has refused it.
 
 *The order.* The record of the lender is written first, then the name becomes Deleted; that is the deletion. If it does
 not come to that, because a gateway died or an object was found, the name is Active again or stays Deleting. Then the
-record of the lender goes (``tend``), unless the attempt with its nonce is still under way. What uses the nonce meanwhile
-does no harm: it ends loans and names places, which the bucket itself would take.
+record of the lender goes (``tend``), unless the attempt with its nonce is still under way. What uses the nonce
+meanwhile does no harm: it ends loans and names places, which the bucket itself would take.
 
 *No new loans.* A lender gets no borrower any more, so it ends when those that it has have gone. Nothing is left then
 that a request could still change, and no round has to be made.

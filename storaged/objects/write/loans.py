@@ -1,4 +1,4 @@
-"""Loans: a version of one key reads the data of another key, of its bucket or another one, so that a copy moves no data.
+"""Loans: a version of one key reads the data of another key, so that a copy moves no data.
 
 Theory of operation. Data belongs to one register, its *owner*. Each of its fragments names the owner, and deletion,
 repair and moves ask the owner alone. A copy does not change that: the owner's record keeps the data for it.
@@ -92,8 +92,9 @@ is further in the future than this is of a wrong clock: such a copy counts as ol
 class Wanted(NamedTuple):
     """The data that a copy borrows, of the register ``owner``: a loan has it, or the version ``named`` (None: the
     current one). ``data_ids``: of its parts in the record. An upload that was completed twice may have made versions of
-    some and of all of its parts, so the first one does not tell. ``borrower``: the new version. ``pages``: with the parts, the first one first. Their hashes name the places of the blocks, too: data whose
-    blocks move in this moment is not lent.
+    some and of all of its parts, so the first one does not tell. ``borrower``: the new version. ``pages``: with the
+    parts, the first one first. Their hashes name the places of the blocks, too: data whose blocks move in this moment
+    is not lent.
     """
 
     owner: RegisterName
@@ -150,8 +151,8 @@ async def with_loan(
     plane: ObjectPlane, bucket: BucketRecord, wanted: Wanted, commit: Callable[[AfterPromise], Awaitable[T]]
 ) -> T:
     """Lends the data, and has ``commit`` commit the borrowing version. ``bucket``: of the owner. ``commit`` gets a
-    function to await between its promise and its accept. When ``commit`` raises, the loan is ended in the background, unless the version was accepted
-    all the same. Returns what ``commit`` returns. Raises NotLent, and as ``commit``.
+    function to await between its promise and its accept. When ``commit`` raises, the loan is ended in the background,
+    unless the version was accepted all the same. Returns what ``commit`` returns. Raises NotLent, and as ``commit``.
     """
     borrower_id = wanted.borrower.id
     await add_borrower(plane, bucket, wanted)

@@ -56,7 +56,7 @@ from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.borrowed import owner_of
 from storaged.objects.read.find import Found, current_entry, find
 from storaged.objects.read.get import get
-from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, Version, sharing_of
+from storaged.objects.records import ACTIVE, NULL_VERSION, BucketRecord, ObjectRecord, Version, sharing_of
 from storaged.objects.sharing import Borrowed, Departure
 from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.commit import AfterPromise, change_once, commit
