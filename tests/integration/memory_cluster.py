@@ -655,7 +655,7 @@ class Gateway:
         self.mover = Mover(context)
         self.discarder = Discarder(context, self.mover)
         handlers = {
-            "settle": settle_handler(self.ring),
+            "settle": settle_handler(self.plane.lender_registers),
             "move": self.mover.answer,
             "discard": self.discarder.answer,
             "divide": divide_handler(self.mover.bucket, partial(divide, self.plane)),
@@ -678,7 +678,7 @@ class Gateway:
             clock=cluster.clock,
             layouts=self.layouts,
             liveness=cluster.alive,
-            registers=self.ring,
+            registers=self.plane.lender_registers,
             look=self.ring.look,
             pages=self.ring,
             scanner=self.scanner,

@@ -46,7 +46,7 @@ from storaged.objects.records import (
 )
 from storaged.objects.service import ObjectService
 from storaged.objects.sharing import Borrowed, Borrower
-from storaged.objects.system.emptying import end_remains
+from storaged.objects.system.emptying import Left, end_remains
 from storaged.objects.where import where
 from storaged.objects.write import lent_copy, loans
 from storaged.objects.write.lent_copy import lent_of
@@ -171,25 +171,6 @@ async def test_what_has_no_fragments_of_its_own_is_sealed_anew(made: Made) -> No
     assert not sharing_of(made.record(b"a")).loans
     await made.copy(b"a", b"a", meta=NewMeta(user={"x": "y"}))
     assert await made.read(b"a") == DATA
-
-
-async def test_a_copy_to_another_bucket_stays_when_its_source_goes_with_its_bucket_and_all_data(made: Made) -> None:
-    other = msgspec.structs.replace(made.bucket, name="other", id=b"O" * 16)
-    made.world.keys.newest[other.id] = 1
-    await made.copy(b"a", b"b")
-    for key, to in ((b"a", b"b"), (b"b", b"a")):
-        await made.objects.copy(CopySource(made.bucket, key), other, to, owner=OWNER, meta=None)
-    assert [loan.borrowers[0].key for loan in sharing_of(made.record(b"a")).loans] == [b"b"]
-    [part] = await made.parts_of(b"a")
-    for key in (b"b", b"a"):
-        await made.delete(key)
-    assert part.data_id in made.retired()
-    await made.plane.fences.fence(made.bucket.id, made.bucket.shard_numbers, b"nonce", final=True)
-    del made.world.keys.newest[made.bucket.id]
-    for disk, fragment in made.world.disks.of(part.data_id):
-        made.world.disks.disks[disk].lose(fragment)
-    for key in (b"a", b"b"):
-        assert await got(made.objects, other, key=key) == DATA
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -342,8 +323,10 @@ async def test_a_loan_that_another_request_has_marked_since_is_not_ended_nor_unm
         if not used:
             del made.world.ring.values[made.name(b"b")]
 
-        async def settled(name: RegisterName, borrower: Borrower = borrower) -> Value | None:
-            value: Value | None = await settle(name)
+        async def settled(
+            name: RegisterName, borrower: Borrower = borrower, settling_nonce: bytes = b""
+        ) -> Value | None:
+            value: Value | None = await settle(name, settling_nonce=settling_nonce)
             await loans._mark(made.plane, made.bucket, made.name(b"a"), borrower.id, b"another!")
             return value
 
@@ -475,9 +458,9 @@ async def test_one_key_borrows_a_bounded_number_of_times(made: Made) -> None:
 async def test_what_a_dead_process_left_of_loans_keeps_no_bucket_from_being_deleted(made: Made) -> None:
     await made.copy(b"a", b"b")
     await made.objects.delete(made.bucket, b"a")
-    assert not await end_remains(made.plane, made.bucket), "an object is left"
+    assert await end_remains(made.plane, made.bucket) is Left.OBJECTS
     del made.world.ring.values[made.name(b"b")]
-    assert await end_remains(made.plane, made.bucket)
+    assert await end_remains(made.plane, made.bucket) is Left.NOTHING
     value = made.value(b"a")
     assert value is not None
     assert value.visibility == Visibility.TOMBSTONE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from storaged.errors import DataDamaged
+from storaged.errors import DataDamaged, NoSuchBucket, ServiceUnavailable
 from storaged.meta.names import RegisterName
 from storaged.objects.code.lending import find_borrower, name_of_owner
 from storaged.objects.code.manifest import checked
@@ -27,7 +27,11 @@ async def with_data(plane: ObjectPlane, bucket: BucketRecord, found: Found) -> F
     if borrowed is None:
         return found
     owner = owner_of(bucket, found)
-    lent = find_borrower((await plane.lender_registers.read(owner)).value, borrowed.id)
+    try:
+        value = (await plane.lender_registers.read(owner)).value
+    except NoSuchBucket:
+        raise ServiceUnavailable("The bucket that has this object's data is being deleted now. Please retry.") from None
+    lent = find_borrower(value, borrowed.id)
     if lent is None:
         raise DataDamaged("The record of another key, which keeps the data of this one, does not have it.")
     loan, version = lent[0], found.opened.version

@@ -206,7 +206,10 @@ def _loan_of(draft: Draft, wanted: Wanted) -> Loan:
 
 async def check_lent(plane: ObjectPlane, owner: RegisterName, borrower_id: bytes) -> None:
     """To be awaited between the promise and the accept of the borrowing version. Raises NotLent, ServiceUnavailable."""
-    found = find_borrower((await plane.lender_registers.read(owner)).value, borrower_id)
+    try:
+        found = find_borrower((await plane.lender_registers.read(owner)).value, borrower_id)
+    except NoSuchBucket:
+        raise NotLent from None
     if found is None or found[1].ending:
         raise NotLent
 
