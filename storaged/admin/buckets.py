@@ -293,6 +293,7 @@ def bucket_document(record: BucketRecord, names: dict[str, list[str]]) -> dict[s
         "owners": sorted(names.get(record.owner, [])),
         "created_ms": record.created_ms,
         "state": record.state,
+        "formerly": record.formerly,
         "region": record.region,
         "countries": list(record.countries),
     }

@@ -31,11 +31,14 @@ def bucket() -> None:
     "--json",
     "as_json",
     is_flag=True,
-    help="A list of bucket, id, owner, owners, created_ms, state, region, countries, profile.",
+    help="A list of bucket, id, owner, owners, created_ms, state, formerly, region, countries.",
 )
 @click.pass_obj
 def bucket_list(named: str | None, owner: str, as_json: bool) -> None:
-    """All buckets of the cluster, with their owners."""
+    """All buckets of the cluster, with their owners.
+
+    One that is «lending» was deleted while copies in other buckets use its data: it goes with the last of these.
+    """
     found = gateway(find_directory(named), "GET", "/v1/buckets")["buckets"]
     shown = [one for one in found if not owner or owner in (*one["owners"], one["owner"])]
     if as_json:
@@ -44,6 +47,8 @@ def bucket_list(named: str | None, owner: str, as_json: bool) -> None:
     for one in shown:
         whose = ", ".join(one["owners"]) or f"user id {one['owner']}, removed"
         state = "" if one["state"] == "active" else f"  {one['state']}"
+        if one.get("formerly"):
+            state += f", was {one['formerly']}"
         made = datetime.fromtimestamp(one["created_ms"] / 1000, UTC)
         click.echo(
             f"{one['bucket']:<40} {whose:<24} {made:%Y-%m-%d}  {', '.join(one['countries']) or 'any country'}{state}"

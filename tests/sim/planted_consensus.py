@@ -407,8 +407,8 @@ _FENCES = (
         300,
         "buckets",
         "storaged/objects/system/buckets.py",
-        "        await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)\n",
-        "",
+        "        everywhere = await plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)\n",
+        "        everywhere = True\n",
     ),
     Planted(
         "one_shard_fenced",
@@ -416,8 +416,8 @@ _FENCES = (
         1000,
         "buckets",
         "storaged/objects/system/buckets.py",
-        "        await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)\n",
-        "        await self._plane.fences.fence(bucket.id, bucket.shard_numbers[:1], bucket.nonce)\n",
+        "        everywhere = await plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)\n",
+        "        everywhere = await plane.fences.fence(bucket.id, bucket.shard_numbers[:1], bucket.nonce)\n",
         tests="tests/unit/test_objects_buckets.py::test_a_deletion_fences_every_shard_before_it_looks_and_for_good",
         why=(
             "A fence is that of the bucket at each disk, and two shards of five disks share a disk at least. So two "

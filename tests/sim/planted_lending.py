@@ -27,8 +27,8 @@ LENDING_BUGS = (
         _LOANS,
         "    await add_borrower(plane, bucket, wanted)\n"
         "    try:\n"
-        "        await check_everywhere(plane, wanted.owner, borrowed.id)\n"
-        "        return await commit(lambda: check_lent(plane, wanted.owner, borrowed.id))\n",
+        "        await check_everywhere(plane, wanted.owner, borrower_id)\n"
+        "        return await commit(lambda: check_lent(plane, wanted.owner, borrower_id))\n",
         "    async def nothing() -> None: ...\n\n"
         "    try:\n"
         "        done = await commit(nothing)\n"
@@ -60,8 +60,8 @@ LENDING_BUGS = (
         250,
         _PLAY,
         _LOANS,
-        "    value = await plane.registers.settle(object_name(bucket.id, bucket.shard_numbers, key))\n",
-        "    value = (await plane.registers.read(object_name(bucket.id, bucket.shard_numbers, key))).value\n",
+        "    used = await _is_used(plane, name_of_borrower(bucket, borrower), borrower_id, settled=True)\n",
+        "    used = await _is_used(plane, name_of_borrower(bucket, borrower), borrower_id)\n",
     ),
     Planted(
         "ended_under_another_mark",
@@ -95,7 +95,7 @@ LENDING_BUGS = (
         1000,
         _PLAY,
         _LOANS,
-        "        await check_everywhere(plane, wanted.owner, borrowed.id)\n",
+        "        await check_everywhere(plane, wanted.owner, borrower_id)\n",
         "",
         tests=_CREATES,
         why="A replica has to miss two changes in a row, take a create, and be one of two in the next round.",
@@ -158,13 +158,13 @@ LENDING_BUGS = (
         "        shares = bool(entries and (self.loans or self.borrowed))\n",
     ),
     Planted(
-        "lent_to_another_bucket",
-        "a copy to another bucket borrows the data of its source, too",
+        "lent_to_other_countries",
+        "a copy to a bucket with other countries borrows the data of its source, too",
         0,
-        path=_COPY,
-        old="    if source.bucket.id != bucket.id or source.key == key",
-        new="    if source.key == key",
-        tests=f"{_UNIT}::test_a_copy_to_another_bucket_stays_when_its_source_goes_with_its_bucket_and_all_data",
+        path="storaged/objects/code/lending.py",
+        old="    return lender.id == bucket.id or set(lender.countries) == set(bucket.countries)\n",
+        new="    return True\n",
+        tests="tests/unit/test_objects_lenders.py::test_buckets_with_other_countries_do_not_lend",
     ),
     Planted(
         "lent_as_the_record_says",

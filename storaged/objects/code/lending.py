@@ -16,9 +16,7 @@ def may_lend(lender: BucketRecord, bucket: BucketRecord) -> bool:
     """Whether a copy in ``bucket`` may borrow data of the other one. Readers compute the places of blocks from the
     countries of the bucket that they read; and either bucket's records name keys of the other one.
     """
-    return lender.id == bucket.id or (
-        set(lender.countries) == set(bucket.countries) and lender.profile == bucket.profile
-    )
+    return lender.id == bucket.id or set(lender.countries) == set(bucket.countries)
 
 
 def name_of_owner(bucket: BucketRecord, borrowed: Borrowed) -> RegisterName:

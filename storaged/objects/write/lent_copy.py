@@ -1,6 +1,6 @@
 """Copies that move no data: the new version borrows the data of its source (``loans``).
 
-That is possible inside one bucket, and between buckets with the same countries and profile, for a coded object, when
+That is possible inside one bucket, and between buckets with the same countries, for a coded object, when
 the copy wants the checksums that the source has, and neither of them has SSE-C: no other record may open data under a
 customer's key. The data key is wrapped anew, for the copy's bucket, key and version; the metadata and the list field
 are sealed anew. A copy inherits the context id, under which its body opens.
