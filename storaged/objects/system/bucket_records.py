@@ -21,6 +21,12 @@ NONCE_SEQUENCE_BYTES = 8
 BARE = BucketRecord("", b"", "", 0, "", 0, "")
 """What a deleted bucket, or a lender, keeps of its configuration."""
 
+
+def sequence_in(nonce: bytes) -> int:
+    """The sequence number of the record that the attempt with this nonce found when it began to delete the bucket."""
+    return int.from_bytes(nonce[:NONCE_SEQUENCE_BYTES], "big")
+
+
 _AUTHENTICATOR_AT = BucketRecord.__struct_fields__.index("authenticator")
 
 
@@ -97,7 +103,7 @@ class BucketRecords:
         sequence, record = found
         if record.id == bucket_id:
             return record.state == DELETED
-        return sequence > int.from_bytes(nonce[:NONCE_SEQUENCE_BYTES], "big")
+        return sequence > sequence_in(nonce)
 
     async def step(self, record: BucketRecord, after: BucketRecord, *, draw: bytes = b"") -> BucketRecord | None:
         """Compare-and-set from exactly ``record`` (by id, state and nonce). ``draw``: random bytes; the new record then

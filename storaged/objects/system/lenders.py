@@ -40,7 +40,7 @@ from storaged.objects.code.history import Draft
 from storaged.objects.code.versions import decode_record
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import ACTIVE, DELETED, DELETING, LENDING, BucketRecord
-from storaged.objects.system.bucket_records import BARE, PREFIX, BucketRecords, record_in
+from storaged.objects.system.bucket_records import BARE, PREFIX, BucketRecords, record_in, sequence_in
 from storaged.objects.system.emptying import is_doubted
 from storaged.objects.write.ended_uploads import end_uploads
 from storaged.objects.write.loans import let_go
@@ -95,10 +95,10 @@ class LenderService:
 
         def update(value: Value | None) -> Change | None:
             before = self._before(name, value)
-            if before is not None and before.nonce >= bucket.nonce:
-                if (before.nonce, before.state) == (bucket.nonce, LENDING):
-                    return None
+            if before is not None and before.nonce > bucket.nonce:
                 raise ServiceUnavailable("Another request has deleted this bucket, or goes on with it.")
+            if before is not None and (before.nonce, before.state) == (bucket.nonce, LENDING):
+                return None
             return self._records.change(name, value, lender)
 
         await self._plane.registers.change(name, update)
@@ -123,8 +123,8 @@ class LenderService:
         when it has ended. Raises DataDamaged, ServiceUnavailable.
         """
         last = await self._records.last(lender.formerly)
-        if last is None:
-            return lender  # proves nothing
+        if last is None or last[0] <= sequence_in(lender.nonce):
+            return lender  # from before the deletion began: it proves nothing
         _, record = last
         if record.id == lender.id and (record.state, record.nonce) != (DELETED, lender.nonce):
             if (record.state, record.nonce) == (DELETING, lender.nonce):
