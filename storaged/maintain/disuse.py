@@ -42,6 +42,9 @@ object's record; each place is written before the one before it is cleared. Whil
     before it set that fence, another one does (``objects.system.keyends``). Nodes of version 0.1.0 do not tell which of
     their fences stay: where the others are no majority the data waits.
 
+*Data of a bucket that was deleted while other buckets borrow from it* is judged as that of a living bucket, until its
+    last loan has ended. Its fence lends (``meta.acceptor.fences``): what gateways settle has its nonce, and so passes.
+
 *Fragments that no run places here*, of data that the record refers to: a move left them. A gateway that moves blocks
 makes sure after its promise that the new fragments are there, which pardons them. So they are condemned too, and a
 round at a majority suffices: moves are no creates.
@@ -231,8 +234,12 @@ class Judge:
         return found
 
     async def _first_look(self, owner: RegisterName) -> Look:
+        """What is fenced by fences that lend counts as not fenced: rounds are made of such a bucket's registers, and
+        judged as ever. So it does no harm when a replica lies about its fence, or has missed it. That a bucket is gone
+        needs a majority whose fences stay for ever.
+        """
         look = await self._context.look(owner)
-        if look.quorum.met(look.fenced):
+        if look.quorum.met(look.fenced - look.lends):
             empty = [disk for disk, held in look.held.items() if _refers_to_nothing(held.value)]
             for_ever = look.quorum.met(look.final)
             if for_ever and look.quorum.met(empty) and await self.is_gone(owner.scope):

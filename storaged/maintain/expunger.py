@@ -35,7 +35,7 @@ from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import NoSuchBucket, ServiceUnavailable, StoragedError
 from storaged.maintain.job import Job, JobReport
 from storaged.meta.listing.merge import RingScanner
-from storaged.meta.names import Ballot
+from storaged.meta.names import Ballot, RegisterName
 from storaged.meta.proposer.floors import PartitionFloors
 from storaged.meta.proposer.moving import PartitionMoves
 
@@ -55,7 +55,9 @@ log = structlog.get_logger("expunger")
 
 @dataclass(frozen=True)
 class ExpungerPorts:
-    """``is_mine()``: whether this gateway expunges now, and no other."""
+    """``is_mine()``: whether this gateway expunges now, and no other. ``settle``: of registers in which replicas
+    differ, as ``Registers.settle``; None: the scanner's own, which passes no fence.
+    """
 
     layouts: Layouts
     scanner: RingScanner
@@ -64,6 +66,7 @@ class ExpungerPorts:
     liveness: Liveness
     clock: Clock
     is_mine: Callable[[], bool] = lambda: True
+    settle: Callable[[RegisterName], Awaitable[object]] | None = None
 
 
 @dataclass
@@ -140,10 +143,16 @@ class Expunger:
         layouts = self._ports.layouts
         state = layouts.partition(number)
         self._check(state)
+        closed = False
         for prefix in await self._timed(self._ports.floors.ranges(state)):
             floor = self._floor(state)
             if await self._worth_it(state, prefix, floor):
-                await self.expunge(state, prefix, floor)
+                try:
+                    await self.expunge(state, prefix, floor)
+                except NoSuchBucket:
+                    closed = True
+        if closed:
+            raise ServiceUnavailable("A bucket is being deleted; its deleted keys stay until that has ended.")
 
     def _floor(self, state: PartitionState) -> Ballot:
         now_us = self._ports.clock.wall_ms() * 1000
@@ -168,7 +177,9 @@ class Expunger:
         return count >= self._worthwhile
 
     async def expunge(self, state: PartitionState, prefix: bytes, floor: Ballot) -> int:
-        """One range. Raises ServiceUnavailable where it can't be now. Returns how many rows have gone."""
+        """One range. Raises ServiceUnavailable where it can't be now, and NoSuchBucket where rows differ behind a
+        fence. Returns how many rows have gone.
+        """
         floors = self._ports.floors
         fenced = await self._ports.moves.fence(state)
         if not fenced.issuperset(state.present):
@@ -190,10 +201,8 @@ class Expunger:
 
     async def _compare(self, state: PartitionState, prefix: bytes) -> None:
         """All replicas, for what was accepted below the floor."""
-        try:
-            found = await self._timed(self._ports.scanner.catch_up(prefix[0], prefix[1:17], prefix[17]))
-        except NoSuchBucket:
-            raise ServiceUnavailable("A bucket is being deleted; its deleted keys stay until that has ended.") from None
+        settle = self._ports.settle
+        found = await self._timed(self._ports.scanner.catch_up(prefix[0], prefix[1:17], prefix[17], bring_up=settle))
         if found.away:
             raise ServiceUnavailable(
                 f"Partition {state.partition}: deleted keys stay while disk {min(found.away)} does not answer."

@@ -344,7 +344,7 @@ class PartitionMover:
                     wanted.table, wanted.scope, wanted.shards[0], settling_nonce=wanted.settling_nonce
                 )
             except NoSuchBucket:
-                return False  # the bucket is being deleted; when that has ended it is gone, or can be settled
+                return False  # the bucket is being deleted; when that has ended it is gone, or can be settled, or lends
             answered = fenced - found.away
             if state.comes not in answered or not Quorum(*state.voting).met(answered):
                 return False

@@ -197,9 +197,10 @@ class Walker:
             found = await self._scanner.catch_up(
                 where.table, where.scope, where.shard, bring_up=self.bring_up, quick=quick, patience=patience
             )
-        except NoSuchBucket:
-            # The bucket is being deleted: its fence lets nothing be settled, and nothing of it will be read.
-            return True
+        except NoSuchBucket as error:
+            # The bucket is being deleted: its fence lets nothing be settled, and nothing of it will be read. But the
+            # rows of one whose fence lends are read, and some gateway will settle them.
+            return "lends" not in error.details
         self.settled += found.settled
         return not any(map(self._context.liveness.disk_readable, found.away))
 

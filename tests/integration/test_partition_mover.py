@@ -372,6 +372,37 @@ async def test_a_fence_of_a_deleted_bucket_moves_along(world: World) -> None:
     assert not reply.done, "a final fence with another nonce is in force"
 
 
+@pytest.mark.parametrize("lies", [False, True])
+async def test_a_bucket_whose_fence_lends_moves_along_with_rows_that_differ(world: World, lies: bool) -> None:
+    """Its rows settle with its nonce alone, and the new disk takes changes with it, as soon as it counts. One that lies
+    names another nonce.
+    """
+    name = next(name for name in names() if moved(world.after, name))
+    stays, lags = (disk for disk in world.after.replicas_of(name.partition) if disk != "d0")
+    await world.gateway.put(name, b"one")
+    world.disks.away = {lags}
+    await world.gateway.put(name, b"two")
+    world.disks.away = set()
+    assert await world.gateway.client.fence(name.scope, range(3), b"nonce", lends=True)
+    if lies:
+
+        async def lie(request: FencesAsk, *, timeout_s: float = 10.0) -> FencesReply:
+            return FencesReply((ScopeFence(name.scope, b"z", True, b""),) if not request.after else (), False)
+
+        world.disks.replicas[stays].handover.fences = lie  # type: ignore[method-assign]
+    await world.learn()
+    await world.move()
+    assert moved(world.gateway.layouts.current, name)
+    world.disks.away = {stays}
+    assert await world.gateway.get(name) == b"two"
+    for nonce in (b"", b"z"):
+        with pytest.raises(NoSuchBucket) as refused:
+            await world.gateway.client.change(name, lambda _before: Change(b"late"), settling_nonce=nonce)
+        assert refused.value.details == {"lends": "true"}
+    await world.gateway.client.change(name, lambda _before: Change(b"three"), settling_nonce=b"nonce")
+    assert await world.gateway.get(name) == b"three"
+
+
 async def test_a_disk_that_calls_a_bucket_deleted_leaves_no_row_behind(world: World) -> None:
     """The row is at the disk that lies and at the one that goes. Left out of the move, it would be nowhere else."""
     name = next(name for name in names() if moved(world.after, name))

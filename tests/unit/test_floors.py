@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -715,10 +717,10 @@ async def test_nothing_goes_when_a_replica_is_away_while_all_are_compared(
     await settle_tasks()
     compare = world.scanner.catch_up
 
-    async def away_meanwhile(*range_: Any) -> CatchUp:
+    async def away_meanwhile(*range_: Any, **how: Any) -> CatchUp:
         world.ring.away = {world.state.present[2]}
         try:
-            return await compare(*range_)
+            return await compare(*range_, **how)
         finally:
             world.ring.away = set()
 
@@ -761,6 +763,27 @@ async def test_a_bucket_that_is_being_deleted_waits(world: World) -> None:
     world.ring.stores[world.state.present[0]].damage(OTHER)
     assert await expunge(world) == 0
     assert "being deleted" in world.expunger.done.waiting
+
+
+async def test_a_bucket_whose_fence_lends_is_compared_by_rounds_with_its_nonce_and_holds_up_no_other_range(
+    world: World,
+) -> None:
+    """Until then its tombstones stay: this gateway may not know the nonce."""
+    names = (RegisterName(Table.OBJECT, b"\xff" + number.to_bytes(15, "big"), 0, b"k") for number in range(10**6))
+    another = next(name for name in names if name.partition == NAME.partition)
+    for name in (NAME, another):
+        await world.client.change(name, put(b"v"))
+        await world.client.change(name, delete)
+    await world.client.change(OTHER, put(b"v"))
+    await settle_tasks()
+    await world.client.fence(NAME.scope, (3,), b"nonce", lends=True)
+    assert world.ring.stores[world.state.present[0]].damage(OTHER)
+    assert await expunge(world) == 1, "of the other bucket, which comes after it"
+    assert "being deleted" in world.expunger.done.waiting
+    settle = partial(world.client.settle, settling_nonce=b"nonce")
+    world.expunger._ports = dataclasses.replace(world.expunger._ports, settle=settle)
+    assert await expunge(world) == 1
+    assert not world.expunger.done.waiting
 
 
 async def test_a_range_with_few_tombstones_is_left_alone(world: World) -> None:

@@ -99,6 +99,58 @@ async def test_one_replica_alone_closes_no_bucket_and_says_of_none_that_it_is_de
     assert not any(scope.final for scope in held.scopes), "with it there would be a majority for the end of a bucket"
 
 
+LENDS = ScopeFence(SCOPE, b"n", False, b"", True)
+SAYS_NOT, SAYS_FINAL = ScopeFence(SCOPE, b"n", False, b""), ScopeFence(SCOPE, b"n", True, b"")
+SAYS_HIGHER = ScopeFence(SCOPE, b"z", False, b"", True)
+
+
+@pytest.mark.parametrize(
+    ("held", "at_least", "found"),
+    [
+        ([LENDS, LENDS, LENDS], 2, LENDS),
+        ([LENDS, LENDS, SAYS_NOT], 2, LENDS),
+        ([LENDS, LENDS, SAYS_FINAL], 2, LENDS),
+        ([LENDS, LENDS, SAYS_HIGHER], 2, LENDS),
+        ([LENDS, SAYS_NOT, SAYS_NOT], 2, SAYS_NOT),
+        ([LENDS, SAYS_NOT], 2, SAYS_NOT),
+        ([LENDS, LENDS], 1, LENDS),
+        ([LENDS, SAYS_NOT], 1, LENDS),
+        ([LENDS, SAYS_FINAL, SAYS_FINAL], 2, SAYS_FINAL),
+        ([LENDS, replace(SAYS_NOT, nonce=b"o"), replace(SAYS_NOT, nonce=b"o")], 2, replace(SAYS_NOT, nonce=b"o")),
+        ([LENDS, ScopeFence(SCOPE, b"", False, b"n"), ScopeFence(SCOPE, b"", False, b"n")], 2, None),
+    ],
+)
+def test_a_fence_lends_where_so_many_say_so_of_its_nonce(
+    held: list[ScopeFence], at_least: int, found: ScopeFence | None
+) -> None:
+    for order in itertools.permutations(held):
+        [it] = merged([FencesReply((its,), False) for its in order], None, at_least)
+        assert it == (found or ScopeFence(SCOPE, b"", False, b"n"))
+
+
+@pytest.mark.parametrize("liar", [None, SAYS_NOT, SAYS_FINAL, SAYS_HIGHER, replace(SAYS_HIGHER, final=True)])
+async def test_the_replica_that_comes_lends_too_and_rows_are_copied_with_the_nonce(
+    world: World, liar: ScopeFence | None
+) -> None:
+    ring, moves = world.ring, world.client.moves
+    for disk in ("a0", "b0", "c0"):
+        await ring.replicas[disk].fence(FenceSet(disk, SCOPE, b"n", lends=True))
+    if liar is not None:
+
+        async def lie(_request: object, *, timeout_s: float = 10.0) -> FencesReply:
+            return FencesReply((liar,), False)
+
+        ring.replicas["a0"].handover.fences = lie  # type: ignore[method-assign]
+    assert await moves.copy_fences(JOINT, JOINT.disks) == Closed(frozenset(), {SCOPE: b"n"})
+    comes = ring.replicas["d0"]
+    held = await comes.handover.fences(messages.FencesAsk("d0", b""))
+    assert held.scopes == (LENDS,)
+    await comes.fence(FenceSet("d0", SCOPE, b"n", final=True))
+    await moves.copy_fences(JOINT, JOINT.disks)
+    held = await comes.handover.fences(messages.FencesAsk("d0", b""))
+    assert held.scopes == (SAYS_FINAL,), "what was copied late does not make it lend again"
+
+
 async def test_more_fences_than_one_reply_has_are_all_copied(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("acceptor.handover", "proposer.moving"):
         monkeypatch.setattr(f"storaged.meta.{module}.FENCES_A_CALL", 3)

@@ -58,7 +58,8 @@ RANGES_TIMEOUT_S = 30.0
 
 class Closed(NamedTuple):
     """Buckets that are deleted: ``surely``, since a majority of the present set says so; ``perhaps``, with the nonce of
-    the fence, where only some disks do. Settling rounds with that nonce pass the fence, and change no value.
+    the fence, where only some disks do, and where the fence lends: such a bucket has rows. Settling rounds with that
+    nonce pass the fence, and change no value.
     """
 
     surely: frozenset[bytes]
@@ -92,7 +93,8 @@ class PartitionMoves:
         lifted. Returns the scopes of buckets that are deleted for good. One replica alone may lie, and then the rows of
         its bucket would not be copied. But when a disk of the present set is lost, it may be one of two that had the
         fence, and the other one refuses settling rounds for ever. A fence of which fewer than a majority say that it
-        stays for ever is given on as one that may be lifted.
+        stays for ever is given on as one that may be lifted. One that lends goes on to lend: a replica that refuses
+        what the others take would leave no majority when one of them is away.
 
         ``fenced``: as ``fence`` returned it. Only these disks are asked: another one may still take a fence, or a
         value, of the step before, after it has answered.
@@ -139,6 +141,8 @@ class PartitionMoves:
                 its.scope: its.nonce for its in merged(replies, through) if its.final and its.scope not in surely
             }
             said = merged(replies, through, quorum.fewest - len(quorum.disks) + len(found))
+            # The nonce that a majority has, not the one that another replica makes up: only with it rows settle.
+            perhaps |= {its.scope: its.nonce for its in said if its.lends}
             yield [_only_surely(its, surely) for its in said], Closed(surely, perhaps)
             if through is None:
                 return
@@ -324,7 +328,7 @@ def _that_go_on(replies: Sequence[FloorsReply], after: bytes) -> int:
 
 def merged(replies: Sequence[FencesReply], through: bytes | None, at_least: int = 1) -> list[ScopeFence]:
     """Of the scopes up to ``through`` (None: all) what ``at_least`` of the replies say. A final fence wins; else the
-    highest nonce that was lifted, and a fence with a higher one.
+    highest nonce that was lifted, and a fence with a higher one. It lends where so many say so of this nonce.
 
     What a majority of the present set has, so many of its members say as a majority and the replies must have in
     common. Fewer may lie, or have a fence that is not confirmed yet: its setter learns of the step, and begins again.
@@ -352,7 +356,10 @@ def _merged_one(held: Sequence[ScopeFence], at_least: int) -> ScopeFence:
     if final:
         return ScopeFence(scope, final, True, lifted)
     nonce = _said([its.nonce for its in held], at_least)
-    return ScopeFence(scope, nonce if nonce > lifted else b"", False, lifted)
+    if nonce <= lifted:
+        return ScopeFence(scope, b"", False, lifted)
+    lends = sum(its.lends and its.nonce == nonce for its in held) >= at_least
+    return ScopeFence(scope, nonce, False, lifted, lends)
 
 
 def _said(nonces: Sequence[bytes], at_least: int) -> bytes:
