@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -266,3 +267,29 @@ def _is_deleted(client: Any, bucket: str) -> bool:
             raise
         return False
     return True
+
+
+def test_aws_cli_renames_a_bucket_and_no_data_moves(cluster: Cluster, tmp_path: Path) -> None:
+    """All objects are copied to a new bucket, and the old one is removed with its originals. Then its name is used
+    again.
+    """
+    files, sizes = {}, {"a/300k": 300_000, "b/4m": 4 * MIB, "c/7m": 7 * MIB + 5}
+    for name, size in sizes.items():
+        (tmp_path / "old" / name).parent.mkdir(parents=True, exist_ok=True)
+        files[name] = random.Random(size).randbytes(size)
+        (tmp_path / "old" / name).write_bytes(files[name])
+    run(cluster, AWS, "s3", "mb", "s3://name-before")
+    run(cluster, AWS, "s3", "mb", "s3://name-after")
+    run(cluster, AWS, "s3", "cp", "--recursive", str(tmp_path / "old"), "s3://name-before/")
+    blocks = {name: cluster.where("name-before", name)["fragments"] for name in files}
+    run(cluster, AWS, "s3", "sync", "s3://name-before", "s3://name-after")
+    assert {name: cluster.where("name-after", name)["fragments"] for name in files} == blocks
+    run(cluster, AWS, "s3", "rb", "--force", "s3://name-before")
+    run(cluster, AWS, "s3", "mb", "s3://name-before")
+    assert run(cluster, AWS, "s3", "ls", "--recursive", "s3://name-before") == ""
+    listed = json.loads(cluster.run("bucket", "list", "--json").stdout)
+    assert [(one["state"], one["formerly"]) for one in listed if one["formerly"]] == [("lending", "name-before")]
+    run(cluster, AWS, "s3", "sync", "s3://name-after", str(tmp_path / "after"))
+    assert read_tree(tmp_path / "after") == files
+    run(cluster, AWS, "s3", "rb", "--force", "s3://name-after")
+    run(cluster, AWS, "s3", "rb", "s3://name-before")
