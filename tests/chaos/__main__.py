@@ -1,5 +1,7 @@
-"""``python -m tests.chaos kill|rack|flips|forget|change|grow|lose|races``: the long runs, on a cluster of their own in
-a temporary folder. The folder stays when something went wrong.
+"""``python -m tests.chaos kill|copies|rack|flips|forget|change|grow|lose|races``: the long runs, on a cluster of their
+own in a temporary folder. The folder stays when something went wrong.
+
+``copies`` has clients that rename buckets, by copies that move no data, while nodes are killed.
 
 ``change`` plays steps of administrators and faults on up to six servers, ``grow`` goes from three servers to six and
 back under load and measures, ``lose`` loses a disk, servers and a rack for good and measures; ``races`` has clients
@@ -28,11 +30,12 @@ import pytest
 
 from tests.chaos.changing import Change
 from tests.chaos.control import STARTS_MAX
+from tests.chaos.copies import rename_buckets
 from tests.chaos.forgetful import forget_disks
 from tests.chaos.growing import grow, table
 from tests.chaos.losing import lose, rates
 from tests.chaos.races import Races
-from tests.chaos.scenarios import flip_bits, kill_nodes, lose_a_rack
+from tests.chaos.scenarios import flip_bits, kill_any, kill_nodes, lose_a_rack
 from tests.chaos.shelf import clocks_beside
 from tests.chaos.steps import STEPS
 from tests.cluster import Cluster
@@ -90,7 +93,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("scenario", choices=["kill", "rack", "flips", "forget", "change", "grow", "lose", "races"])
+    parser.add_argument(
+        "scenario", choices=["kill", "copies", "rack", "flips", "forget", "change", "grow", "lose", "races"]
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, default=600)
     length.add_argument("--minutes", type=float, help="instead of --seconds")
@@ -124,6 +129,11 @@ def play(cluster: Cluster, arguments: argparse.Namespace, options: dict[str, Any
         outcome = lose_a_rack(cluster, "par2", arguments.seconds, seed=arguments.seed, say=say)
         say(f"below target (s, objects): {outcome.below_target}")
         return len(outcome.tally.violations()), {**vars(outcome), "tally": outcome.tally.document()}
+    if arguments.scenario == "copies":
+        wrong, done = rename_buckets(cluster, arguments.seconds, seed=arguments.seed, kills=kill_any, say=say)
+        for line in wrong:
+            say(f"  {line}")
+        return len(wrong), {"wrong": wrong, "done": dict(done)}
     if arguments.scenario == "forget":
         tally = forget_disks(cluster, arguments.seconds, seed=arguments.seed, say=say, **options)
     else:

@@ -48,7 +48,7 @@ def kill_nodes(
     try:
         while time.monotonic() < end or min(workload.tally.acknowledged, workload.tally.reads) < least:
             time.sleep(source.uniform(0.5, 3))
-            victim = source.choice(["n1", "n2", "n3", "gateway", "worker"] if gateway else ["n1", "n2", "n3"])
+            victim = source.choice(VICTIMS if gateway else VICTIMS[:3])
             kill_one(cluster, workload, source, victim)
             # The next victim falls only when this one takes part again: two of three racks are the least the store
             # promises to live on.
@@ -61,6 +61,14 @@ def kill_nodes(
     workload.read_everything()
     say(f"{sum(done.values())} kills in {seconds:.0f} s; {workload.tally.summary()}")
     return workload.tally
+
+
+VICTIMS = ("n1", "n2", "n3", "gateway", "worker")
+
+
+def kill_any(cluster: Cluster, workload: Workload, source: random.Random) -> None:
+    """As ``kill_one``, of any of them."""
+    kill_one(cluster, workload, source, source.choice(VICTIMS))
 
 
 def kill_one(cluster: Cluster, workload: Workload, source: random.Random, victim: str) -> None:

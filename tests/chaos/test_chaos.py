@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.copies import rename_buckets
 from tests.chaos.forgetful import forget_disks
-from tests.chaos.scenarios import flip_bits, kill_nodes, lose_a_rack
+from tests.chaos.scenarios import flip_bits, kill_any, kill_nodes, lose_a_rack
 from tests.cluster import Cluster
 
 SECONDS = float(os.environ.get("STORAGED_CHAOS_SECONDS", "20"))
@@ -33,6 +34,13 @@ def test_killing_any_node_under_load_loses_no_acknowledged_write(chaos_cluster: 
     assert tally.violations() == []
     assert tally.acknowledged >= LEAST
     assert tally.reads >= LEAST
+
+
+def test_buckets_are_renamed_while_nodes_are_killed_and_no_copy_loses_its_data(chaos_cluster: Cluster) -> None:
+    wrong, done = rename_buckets(chaos_cluster, SECONDS, clients=2, kills=kill_any)
+    assert wrong == []
+    assert done["delete bucket"] >= 2
+    assert done["get"] >= LEAST
 
 
 @pytest.mark.alone
