@@ -191,6 +191,8 @@ class Collecting:
         self.creates = self.creating.choice((0.0, 0.5, 1.0))
         """How often a coded PUT is a create."""
         self.uploads = Uploads(self)
+        self.calm_s = 1.5
+        """Between two harms."""
 
     def name(self, key: bytes) -> RegisterName:
         return RegisterName(Table.OBJECT, SCOPE, 3, key)
@@ -419,25 +421,28 @@ class Collecting:
 
     async def nemesis(self) -> None:
         while True:
-            await asyncio.sleep(self.random.expovariate(1 / 1.5))
-            node = self.world.nodes["n" + self.random.choice(DISKS)[1:]]
-            choice = self.random.random()
-            if choice < 0.4 and node.up:
-                node.crash()
-                if node.disk != self._away:
-                    self.world.loop.call_later(self.random.choice((0.01, 0.5, 6.0)), self._restart, node)
-            elif choice < 0.6:
-                names = [*self.world.nodes, *(f"g{index}" for index in range(GATEWAYS))]
-                self.world.cut = frozenset(name for name in names if self.random.random() < 0.3)
-                self.world.loop.call_later(self.random.choice((0.2, 3.0)), setattr, self.world, "cut", frozenset())
-            elif choice < 0.75:
-                self.world.weather = self._weather()
-            elif choice < 0.85:
-                await self._suspect(node)
-            elif self._forgets:
-                self._turn_back(node)
-            elif self._to_put_back and not node.up:
-                self._put_back(node)
+            await asyncio.sleep(self.random.expovariate(1 / self.calm_s))
+            await self._harm()
+
+    async def _harm(self) -> None:
+        node = self.world.nodes["n" + self.random.choice(DISKS)[1:]]
+        choice = self.random.random()
+        if choice < 0.4 and node.up:
+            node.crash()
+            if node.disk != self._away:
+                self.world.loop.call_later(self.random.choice((0.01, 0.5, 6.0)), self._restart, node)
+        elif choice < 0.6:
+            names = [*self.world.nodes, *(f"g{index}" for index in range(GATEWAYS))]
+            self.world.cut = frozenset(name for name in names if self.random.random() < 0.3)
+            self.world.loop.call_later(self.random.choice((0.2, 3.0)), setattr, self.world, "cut", frozenset())
+        elif choice < 0.75:
+            self.world.weather = self._weather()
+        elif choice < 0.85:
+            await self._suspect(node)
+        elif self._forgets:
+            self._turn_back(node)
+        elif self._to_put_back and not node.up:
+            self._put_back(node)
 
     def _put_back(self, node: StorageNode) -> None:
         """An older snapshot of its disk is put back. Its claims show it (``forgetful`` has those), and it answers

@@ -75,8 +75,8 @@ class _Sleepy:
         await self._play.nap()
         return outcome
 
-    async def settle(self, name: RegisterName) -> Value | None:
-        value: Value | None = await self._client.settle(name)
+    async def settle(self, name: RegisterName, **how: Any) -> Value | None:
+        value: Value | None = await self._client.settle(name, **how)
         await self._play.nap()
         return value
 

@@ -40,6 +40,7 @@ PLAYS = {
     "object lies": "tests.sim.object_lies:run_object_lies",
     "versions": "tests.sim.versions:run_versions",
     "lending": "tests.sim.lending:run_lending",
+    "lenders": "tests.sim.lenders:run_lenders",
     "renaming": "tests.sim.renaming:run_renaming",
     "names": "tests.sim.names:run_names",
     "events": "tests.sim.events:run_events",

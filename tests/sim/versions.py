@@ -103,6 +103,10 @@ class Versions(Collecting):
         self._moments += 1
         return self._moments
 
+    def place(self, name: RegisterName) -> str:
+        """The key of its operations in the history."""
+        return name.key.decode()
+
     # --- gateways
 
     async def worker(self, gateway: Gateway) -> None:
@@ -171,7 +175,7 @@ class Versions(Collecting):
 
     def _adding(self, name: RegisterName, context_id: bytes, *, null: bool) -> Operation:
         new = (b"n" if null else b"v") + context_id
-        return VersionsOperation(Kind.PUT, name.key.decode(), self.moment(), new)
+        return VersionsOperation(Kind.PUT, self.place(name), self.moment(), new)
 
     def _version(self, entry: PartEntry | None, *, null: bool, context_id: bytes = b"") -> Version:
         parts = (entry,) if entry is not None else ()
@@ -284,11 +288,11 @@ class Versions(Collecting):
             return True
 
         gone = b"?" + entry.version.context_id
-        async with self._noted(VersionsOperation(Kind.DELETE, name.key.decode(), self.moment(), gone)):
+        async with self._noted(VersionsOperation(Kind.DELETE, self.place(name), self.moment(), gone)):
             await self._edit(gateway, name, edit)
 
     async def _list(self, gateway: Gateway, name: RegisterName) -> list[Entry]:
-        operation = VersionsOperation(Kind.READ, name.key.decode(), self.moment())
+        operation = VersionsOperation(Kind.READ, self.place(name), self.moment())
         async with self._noted(operation):
             value = (await gateway.client.read(name)).value
             entries = [entry async for entry in every_entry(gateway.client, name, decode_record(value))]
