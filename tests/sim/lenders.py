@@ -163,6 +163,7 @@ class Lenders(Lending):
 
     def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
         super().__init__(seed, loop, rules)
+        self._skewed = seed % 4 == 0
         self.luck = random.Random(f"lenders {seed}")
         self.lies = self.luck.random() < 0.4
         self.liar = self.luck.choice(DISKS) if self.lies else ""
@@ -183,6 +184,9 @@ class Lenders(Lending):
         """By name: buckets whose creation was acknowledged, and whose deletion was not asked for."""
         self.uploads = _Uploads(self)
         self._lives: dict[Gateway, set[asyncio.Task[Any]]] = defaultdict(set)
+
+    def _skew_ms(self, *hours: int) -> int:
+        return super()._skew_ms(*hours) if self._skewed else self.world.skew_ms()
 
     # --- gateways
 
@@ -301,12 +305,14 @@ class Lenders(Lending):
             await self._open_upload(gateway, await self._name(gateway, bucket, key))
         elif kind < 0.84:
             await self._move_in(gateway, await self._name(gateway, bucket, key))
-        elif kind < 0.92:
+        elif kind < 0.9:
             await self._housekeep(gateway)
-        elif kind < 0.98:
-            await self._empty(gateway, bucket)
+        elif kind < 0.92:
             await self._delete_bucket(gateway, bucket)
         else:
+            if kind > 0.95:
+                await self._note(self._copy_to(gateway, bucket, other, key))
+            await self._empty(gateway, bucket)
             await self._delete_bucket(gateway, bucket)
 
     async def _name(self, gateway: Gateway, bucket: str, key: bytes) -> RegisterName:
@@ -540,8 +546,22 @@ class Lenders(Lending):
             records = [self.luck.choice(records)] if records else []
         for record in records:
             for key in KEYS:
+                name = object_name(record.id, record.shard_numbers, key)
                 with contextlib.suppress(StoragedError):
-                    await end_unused(plane, record, object_name(record.id, record.shard_numbers, key), ALWAYS_MS)
+                    if record.state == LENDING:
+                        await self._see_no_version(gateway, record, name)
+                    await end_unused(plane, record, name, ALWAYS_MS)
+
+    async def _see_no_version(self, gateway: Gateway, lender: BucketRecord, name: RegisterName) -> None:
+        """Nothing moves here, so no replica came late."""
+        plane, _ = self._tools(gateway)
+        found = await self._services.of(gateway)._records.last(lender.formerly)
+        if found is not None and (found[1].id, found[1].state) == (lender.id, ACTIVE):
+            return  # the attempt has failed
+        if decode_record(await plane.lender_registers.settle(name)).versions:
+            last = await self._services.of(gateway)._records.is_deleted(lender.formerly, lender.id, lender.nonce)
+            if last and await plane.lenders.find(lender.id) is not None:
+                self.complain("a lender has a version")
 
     def _collector(self, node: CollectingNode, asks: GatewayAsks) -> tuple[Collector, Gateway]:
         """With the program's own directory of buckets."""
