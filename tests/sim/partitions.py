@@ -33,6 +33,7 @@ from storaged.meta.transport.replicas import ReplicaHost
 from storaged.wire import decode
 from tests.doubles.layouts import KnownLayouts
 from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, World, make_layout
+from tests.sim.lending_fences import Lender
 from tests.sim.listing import BUCKET, LISTED_KEYS, SHARDS, Listing
 from tests.sim.operators import Spread, spread_layout, suffice
 from tests.sim.parts import BitFlips, ClockJumps, HungDisks, Part, Suspensions, Trouble
@@ -139,6 +140,7 @@ class Node(StorageNode):
         super().start()
         if not self.up:
             return
+        self.scenario.lender.corrupt(self)
         world, life = self.world, self.life
         self.places = Places(self.scenario.layouts, self.scenario.layouts[-1], self.scenario.note_record)
         self.learning: set[int] = set()
@@ -320,26 +322,24 @@ class Closing(Part):
 
     async def _close(self) -> None:
         await asyncio.sleep(self.chance.uniform(0, 0.5))
-        await self._until_done("closer", lambda process: process.client.fence(CLOSED.scope, [0], b"last", final=True))
+        await self.until_done("closer", lambda process: process.client.fence(CLOSED.scope, [0], b"last", final=True))
         self.closed_at = self.of.moment()
 
     async def _fence_and_open(self) -> None:
         for nonce in (b"1", b"2", b"3", b"4", b"5"):
             await asyncio.sleep(self.chance.uniform(0, 0.15))
-            await self._until_done(
+            await self.until_done(
                 "fencer", lambda process, nonce=nonce: process.client.fence(REOPENED.scope, [0], nonce)
             )
             await asyncio.sleep(self.chance.uniform(0, 0.2))
-            lifted = await self._until_done(
+            lifted = await self.until_done(
                 "fencer", lambda process, nonce=nonce: process.client.unfence(REOPENED.scope, [0], nonce)
             )
         while not lifted:  # as gateways do for a bucket whose record has the nonce still
             await asyncio.sleep(0.1)
-            lifted = await self._until_done(
-                "fencer", lambda process: process.client.unfence(REOPENED.scope, [0], nonce)
-            )
+            lifted = await self.until_done("fencer", lambda process: process.client.unfence(REOPENED.scope, [0], nonce))
 
-    async def _until_done(self, name: str, call: Any) -> Any:
+    async def until_done(self, name: str, call: Any) -> Any:
         process = Process(self.of, name, skew_ms=0)
         while True:
             try:
@@ -418,9 +418,10 @@ class Moving(Listing):
         self.last_seen = dict.fromkeys(self.names)
         self.world.epochs = self.layouts[-1].epoch
         self.known: dict[str, Layout] = dict.fromkeys(
-            ("g0", "g1", "g2", "m0", "m1", "closer", "fencer"), self.layouts[0]
+            ("g0", "g1", "g2", "m0", "m1", "closer", "fencer", "lender"), self.layouts[0]
         )
         self.stale_fences = 0
+        self.lender = Lender(self, random.Random(f"lender {seed}"))
         self.sparing: Sparing | None = None
         Node.scenario = self
 
@@ -439,8 +440,11 @@ class Moving(Listing):
     def join_parts(self) -> None:
         chances = {kind: random.Random(f"{kind.__name__} {self.found.seed}") for kind in PARTS}
         self.movers = Movers(self, chances[Movers])
-        self.parts = [kind(self, chances[kind]) for kind in (Announcements, Closing)]
+        self.closing = Closing(self, chances[Closing])
+        self.parts = [Announcements(self, chances[Announcements]), self.closing]
         self.parts.append(self.movers)
+        if self.lender.joined:
+            self.parts.append(self.lender)
         for kind in (Trouble, HungDisks, Suspensions, ClockJumps, BitFlips, Wiped):
             if kind is Trouble or kind.joins(self, chances[kind]):
                 self.parts.insert(0, kind(self, chances[kind]))

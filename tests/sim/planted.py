@@ -107,6 +107,7 @@ PLANTED = (
     "tests.sim.planted_events:EVENT_BUGS",
     "tests.sim.planted_lending:LENDING_BUGS",
     "tests.sim.planted_lenders:LENDER_BUGS",
+    "tests.sim.planted_fences:FENCE_BUGS",
     "tests.sim.planted_renaming:RENAMING_BUGS",
     "tests.sim.planted_lifecycle:LIFECYCLE_BUGS",
     "tests.sim.planted_lifecycle:LIFECYCLE_PLAY_BUGS",

@@ -378,8 +378,8 @@ _FENCES = (
         2000,
         "buckets",
         ACCEPTOR,
-        "    if acceptor.fence is not None and not (identity and acceptor.fence.nonce == nonce):\n",
-        "    if acceptor.fence is not None and nonce and acceptor.fence.nonce != nonce:\n",
+        "    if acceptor.fence is not None and not _passes(acceptor.fence, nonce, identity, rules):\n",
+        "    if acceptor.fence is not None and not _passes(acceptor.fence, nonce, True, rules):\n",
         tests="tests/unit/test_register.py::test_an_accept_is_answered_by_the_table",
         why=(
             "Prepares are fenced too, and the deletion settles each key above earlier promises. What is left is the "

@@ -9,7 +9,9 @@ does not; only what ends loans and names new places of data has it.
 * A plain fence becomes one that lends when it is asked for with the same nonce. No late request takes that back: a
   replica that lends no more would refuse what the others take, and nobody would notice.
 * It ends when it is made final, with the same nonce, or is lifted. Then it never comes back: a final fence does not
-  lend, and a nonce that was lifted sets no fence.
+  lend, and a nonce that was lifted sets no fence. A replica that has missed the final fence may yet take a change with
+  the nonce, and a settling round may carry that on. So a bucket ends when it has no row left: nothing that has the
+  nonce makes one.
 * Which replicas lend changes nothing for a change without the nonce. So a replica that has the plain fence yet, and
   one that lends already, refuse the same, and no moment has to be agreed on.
 """

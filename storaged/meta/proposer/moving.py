@@ -328,7 +328,10 @@ def _that_go_on(replies: Sequence[FloorsReply], after: bytes) -> int:
 
 def merged(replies: Sequence[FencesReply], through: bytes | None, at_least: int = 1) -> list[ScopeFence]:
     """Of the scopes up to ``through`` (None: all) what ``at_least`` of the replies say. A final fence wins; else the
-    highest nonce that was lifted, and a fence with a higher one. It lends where so many say so of this nonce.
+    highest nonce that was lifted, and a fence with a higher one. It lends where so many say so of this nonce; then it
+    stays, although others say that it was lifted. Who lifts it goes on until all have (``ports.Fences``). But it may be
+    there for years, and while one of three does not answer, another one alone can say that it was lifted: then the two
+    would take writes of a bucket that is deleted.
 
     What a majority of the present set has, so many of its members say as a majority and the replies must have in
     common. Fewer may lie, or have a fence that is not confirmed yet: its setter learns of the step, and begins again.
@@ -356,10 +359,9 @@ def _merged_one(held: Sequence[ScopeFence], at_least: int) -> ScopeFence:
     if final:
         return ScopeFence(scope, final, True, lifted)
     nonce = _said([its.nonce for its in held], at_least)
-    if nonce <= lifted:
-        return ScopeFence(scope, b"", False, lifted)
-    lends = sum(its.lends and its.nonce == nonce for its in held) >= at_least
-    return ScopeFence(scope, nonce, False, lifted, lends)
+    if nonce and sum(its.lends and its.nonce == nonce for its in held) >= at_least:
+        return ScopeFence(scope, nonce, False, lifted if lifted < nonce else b"", True)
+    return ScopeFence(scope, nonce if nonce > lifted else b"", False, lifted)
 
 
 def _said(nonces: Sequence[bytes], at_least: int) -> bytes:
