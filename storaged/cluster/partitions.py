@@ -35,6 +35,11 @@ Theory of operation: no operation of one step misses what another step has done
       state ends. Until then every operation meets a fence at its majority of S. For each bucket the lifted nonce comes
       first, then a fence with a higher one, or a final one. A disk sets and lifts fences only for a caller that knows
       the step; else a fence of the step before could be set at a disk of Q after that was asked.
+    * A fence that lends (``meta.acceptor.fences``) is handed over as one that lends. Its bucket has rows; these are
+      settled by rounds with its nonce, since others pass no replica of S. Its end, or its lifting, is a request for all
+      sets, as every fence is. It may be in force for years. So it stays where fewer than a majority say that it was
+      lifted: it refuses writes without the nonce, whatever else it does, and who lifts a fence goes on until all
+      replicas have lifted it.
     * Floors of expunged keys (``meta.consensus.floors``): the new disk gets them when it has all rows, before the joint
       state ends. No floor is set while there are two sets.
     * A disk that comes back has rows from before. They are compared too, also where the others have no row left: the

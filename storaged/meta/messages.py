@@ -312,10 +312,13 @@ class FencesReply(Message, frozen=True):
 
 
 class FencesTake(Message, frozen=True):
-    """What a majority of a partition's replicas has: the disk that comes to the partition takes it over."""
+    """What a majority of a partition's replicas has: the disk that comes to the partition takes it over. ``doubted``:
+    scopes of which fewer say so, since some did not answer: a fence that lends stays where the disk has one.
+    """
 
     disk: str
     scopes: tuple[ScopeFence, ...]
+    doubted: tuple[bytes, ...] = ()
 
 
 class FloorSet(Message, frozen=True):

@@ -34,7 +34,7 @@ LEAST = {
     "small": Least(200),
     "bursts": Least(500),
     "flicker": Least(200),
-    "moving": Least(300, done=(("steps", 6),)),
+    "moving": Least(300, done=(("steps", 6), ("lenders", 0.25), ("of lenders", 2.5))),
     "recovering": Least(200, done=(("recovered", 1.5), ("recovered joint", 0.5), ("steps", 10))),
     "layouts": Least(120, done=(("layouts", 1.5), ("steps", 0.1))),
     "recovering system": Least(50, done=(("layouts", 2.5), ("recovered", 0.7))),

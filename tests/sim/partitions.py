@@ -140,7 +140,8 @@ class Node(StorageNode):
         super().start()
         if not self.up:
             return
-        self.scenario.lender.corrupt(self)
+        if (lender := getattr(self.scenario, "lender", None)) is not None:  # other plays have none
+            lender.corrupt(self)
         world, life = self.world, self.life
         self.places = Places(self.scenario.layouts, self.scenario.layouts[-1], self.scenario.note_record)
         self.learning: set[int] = set()
@@ -418,7 +419,7 @@ class Moving(Listing):
         self.last_seen = dict.fromkeys(self.names)
         self.world.epochs = self.layouts[-1].epoch
         self.known: dict[str, Layout] = dict.fromkeys(
-            ("g0", "g1", "g2", "m0", "m1", "closer", "fencer", "lender"), self.layouts[0]
+            ("g0", "g1", "g2", "m0", "m1", "closer", "fencer"), self.layouts[0]
         )
         self.stale_fences = 0
         self.lender = Lender(self, random.Random(f"lender {seed}"))

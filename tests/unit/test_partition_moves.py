@@ -95,7 +95,7 @@ async def test_one_replica_alone_closes_no_bucket_and_says_of_none_that_it_is_de
     found = await moves.copy_fences(JOINT, JOINT.disks)
     assert found == Closed(frozenset(), perhaps), "rows are left out where a majority says so"
     held = await comes.handover.fences(messages.FencesAsk("d0", b""))
-    assert [scope.nonce for scope in held.scopes] == [top, top, b""]
+    assert [scope.nonce for scope in held.scopes] == [top, top]
     assert not any(scope.final for scope in held.scopes), "with it there would be a majority for the end of a bucket"
 
 
@@ -119,6 +119,10 @@ SAYS_HIGHER = ScopeFence(SCOPE, b"z", False, b"", True)
         ([LENDS, LENDS, ScopeFence(SCOPE, b"", False, b"z")], 2, LENDS),
         ([replace(LENDS, lifted=b"m"), replace(LENDS, lifted=b"m")], 1, replace(LENDS, lifted=b"m")),
         ([LENDS, SAYS_FINAL, SAYS_FINAL], 2, SAYS_FINAL),
+        ([LENDS, SAYS_FINAL], 1, SAYS_FINAL),
+        ([LENDS, replace(SAYS_FINAL, nonce=b"z", lifted=b"z")], 1, LENDS),
+        ([LENDS, replace(SAYS_NOT, nonce=b"z")], 1, LENDS),
+        ([LENDS, SAYS_HIGHER], 1, SAYS_HIGHER),
         ([LENDS, replace(SAYS_NOT, nonce=b"o"), replace(SAYS_NOT, nonce=b"o")], 2, replace(SAYS_NOT, nonce=b"o")),
         ([LENDS, ScopeFence(SCOPE, b"", False, b"n"), ScopeFence(SCOPE, b"", False, b"n")], 2, None),
     ],
@@ -152,6 +156,43 @@ async def test_the_replica_that_comes_lends_too_and_rows_are_copied_with_the_non
     await moves.copy_fences(JOINT, JOINT.disks)
     held = await comes.handover.fences(messages.FencesAsk("d0", b""))
     assert held.scopes == (SAYS_FINAL,), "what was copied late does not make it lend again"
+
+
+async def test_a_disk_takes_a_fence_though_one_replica_of_another_partition_called_its_nonce_lifted(
+    world: World,
+) -> None:
+    ring, moves = world.ring, world.client.moves
+    await ring.lift(["a0"], SCOPE, b"z")
+    ring.away = {"b0"}
+    await moves.copy_fences(JOINT, JOINT.disks)
+    assert (await ring.replicas["d0"].fence(FenceSet("d0", SCOPE, b"n", lends=True))).lends
+
+
+@pytest.mark.parametrize("away", [False, True])
+@pytest.mark.parametrize(
+    "lie", [ScopeFence(SCOPE, b"", False, b"z"), replace(SAYS_HIGHER, lends=False), replace(SAYS_HIGHER, final=True)]
+)
+async def test_a_disk_keeps_a_fence_that_lends_though_one_replica_of_another_partition_says_otherwise(
+    world: World, lie: ScopeFence, away: bool
+) -> None:
+    """The other replicas of that partition have never heard of the bucket."""
+    ring, moves = world.ring, world.client.moves
+    await ring.replicas["d0"].fence(FenceSet("d0", SCOPE, b"n", lends=True))
+
+    async def lies(_request: object, *, timeout_s: float = 10.0) -> FencesReply:
+        return FencesReply((lie,), False)
+
+    ring.replicas["a0"].handover.fences = lies  # type: ignore[method-assign]
+    ring.away = {"b0"} if away else set()
+    await moves.copy_fences(JOINT, JOINT.disks)
+    held = await ring.replicas["d0"].handover.fences(messages.FencesAsk("d0", b""))
+    assert held.scopes == (LENDS,)
+    if lie.lifted:
+        ring.away = set()
+        ring.replicas["b0"].handover.fences = lies  # type: ignore[method-assign]
+        await moves.copy_fences(JOINT, JOINT.disks)
+        held = await ring.replicas["d0"].handover.fences(messages.FencesAsk("d0", b""))
+        assert held.scopes == (lie,), "a majority says so: it was away when the fence was lifted"
 
 
 async def test_more_fences_than_one_reply_has_are_all_copied(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,12 +68,21 @@ class Handover:
         return ScopeFence(scope, fence.nonce, fence.final, lifted, fence.lends)
 
     async def take_fences(self, request: FencesTake, *, timeout_s: float = 10.0) -> FenceReply:
-        """When it returns, this is durable, and so is everything accepted before. A newer value of a scope stays."""
+        """When it returns, this is durable, and so is everything accepted before. A newer value of a scope stays.
+
+        Replicas of a partition are asked for all their fences, also of buckets that have no shard there: of these the
+        disk may have a fence, and none of them. So what is doubted takes no fence away that lends, nor does it keep one
+        from being set later: one replica alone could have a deleted bucket take writes.
+        """
         self._writes.check_answers()
         if len(request.scopes) > FENCES_A_CALL:
             raise InvalidRequest(f"{len(request.scopes)} fences at once; the limit is {FENCES_A_CALL}.")
         for scope in request.scopes:
-            if scope.lifted:
+            present = await self._fences.when_in_memory(partial(self._fences.of, scope.scope))
+            doubted = scope.scope in request.doubted
+            if doubted and present is not None and present.lends:
+                continue
+            if scope.lifted and (present is not None or not doubted):
                 await self._lift(FenceLift(self._disk, scope.scope, scope.lifted))
             if scope.nonce:
                 await self._set(FenceSet(self._disk, scope.scope, scope.nonce, scope.final, lends=scope.lends))

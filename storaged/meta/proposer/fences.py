@@ -53,7 +53,8 @@ class RingFences:
         quorum. With ``linger`` the others are waited for too (those known to be away answer at once); the result says
         whether all disks did it. ``lends``: only replies that say that the fence lends count.
 
-        All of it is for the states that this process knows. Where a disk knows a later one it begins again.
+        All of it is for the states that this process knows. Where a disk knows a later one it begins again, unless a
+        majority is enough.
         """
         names = [RegisterName(Table.OBJECT, scope, shard, b"") for shard in shards]
         deadline = self._calls.deadline()
@@ -68,12 +69,15 @@ class RingFences:
             done = await self._calls.gather(
                 quorums, partial(_call_at, call, epochs), partial(_is_done, verdicts, lends), deadline, linger=linger
             )
-            if met_by_all(quorums, done):
-                return len(done) == len(epochs)
-            if Verdict.EPOCH not in verdicts or not await self._refresh(names, views, deadline):
-                raise ServiceUnavailable(
-                    "The bucket's fence could not be changed on a majority of every shard's replicas. Retry."
-                )
+            met, everywhere = met_by_all(quorums, done), len(done) == len(epochs)
+            enough = met and (everywhere or not linger)
+            if not enough and Verdict.EPOCH in verdicts and await self._refresh(names, views, deadline):
+                continue
+            if met:
+                return everywhere
+            raise ServiceUnavailable(
+                "The bucket's fence could not be changed on a majority of every shard's replicas. Retry."
+            )
 
     async def _refresh(self, names: Sequence[RegisterName], views: Sequence[View], deadline: float) -> bool:
         """Whether one of the views is another one now."""

@@ -100,9 +100,10 @@ class PartitionMoves:
         value, of the step before, after it has answered.
         """
         closed = Closed(frozenset(), {})
-        async for scopes, final in self._scopes(state, [disk for disk in state.present if disk in fenced]):
+        async for scopes, doubted, final in self._scopes(state, [disk for disk in state.present if disk in fenced]):
             for first in range(0, len(scopes), FENCES_A_CALL):
-                request = FencesTake(state.comes, tuple(scopes[first : first + FENCES_A_CALL]))
+                some = tuple(scopes[first : first + FENCES_A_CALL])
+                request = FencesTake(state.comes, some, tuple(its.scope for its in some if its.scope in doubted))
                 replica = self._handover(state.comes)
                 await replica.take_fences(request, timeout_s=self._calls.call_timeout_s)
             closed.perhaps.update(final.perhaps)
@@ -125,9 +126,9 @@ class PartitionMoves:
 
     async def _scopes(
         self, state: PartitionState, disks: Sequence[str]
-    ) -> AsyncIterator[tuple[list[ScopeFence], Closed]]:
-        """Page by page, and those of it that are final. A reply that has more counts only up to its
-        last scope.
+    ) -> AsyncIterator[tuple[list[ScopeFence], set[bytes], Closed]]:
+        """Page by page; the scopes of which fewer than a majority say this; and those of it that are final. A reply
+        that has more counts only up to its last scope.
         """
         quorum, after = Quorum(state.voters[0]), NO_SCOPE
         while True:
@@ -136,14 +137,16 @@ class PartitionMoves:
             ends = [reply.scopes[-1].scope for reply in found.values() if reply.more]
             through = min(ends) if ends else None
             replies = list(found.values())
-            surely = frozenset(its.scope for its in merged(replies, through, quorum.fewest) if its.final)
+            agreed = merged(replies, through, quorum.fewest)
+            surely = frozenset(its.scope for its in agreed if its.final)
             perhaps = {
                 its.scope: its.nonce for its in merged(replies, through) if its.final and its.scope not in surely
             }
             said = merged(replies, through, quorum.fewest - len(quorum.disks) + len(found))
             # The nonce that a majority has, not the one that another replica makes up: only with it rows settle.
             perhaps |= {its.scope: its.nonce for its in said if its.lends}
-            yield [_only_surely(its, surely) for its in said], Closed(surely, perhaps)
+            doubted = {its.scope for its in set(said).difference(agreed)}
+            yield [_only_surely(its, surely) for its in said], doubted, Closed(surely, perhaps)
             if through is None:
                 return
             after = through
@@ -328,10 +331,12 @@ def _that_go_on(replies: Sequence[FloorsReply], after: bytes) -> int:
 
 def merged(replies: Sequence[FencesReply], through: bytes | None, at_least: int = 1) -> list[ScopeFence]:
     """Of the scopes up to ``through`` (None: all) what ``at_least`` of the replies say. A final fence wins; else the
-    highest nonce that was lifted, and a fence with a higher one. It lends where so many say so of this nonce; then it
-    stays, although others say that it was lifted. Who lifts it goes on until all have (``ports.Fences``). But it may be
-    there for years, and while one of three does not answer, another one alone can say that it was lifted: then the two
-    would take writes of a bucket that is deleted.
+    highest nonce that was lifted, and a fence with a higher one.
+
+    A fence that lends wins over all that others say of other nonces. It may be there for years, and while one of three
+    does not answer, another one alone could say that it was lifted: then the two would take writes of a bucket that is
+    deleted. It refuses what they refuse, too. Where it was lifted, or another one was set, while its disk was away, the
+    setter goes on until all replicas have that (``ports.Fences``).
 
     What a majority of the present set has, so many of its members say as a majority and the replies must have in
     common. Fewer may lie, or have a fence that is not confirmed yet: its setter learns of the step, and begins again.
@@ -356,11 +361,12 @@ def _only_surely(fence: ScopeFence, surely: Container[bytes]) -> ScopeFence:
 def _merged_one(held: Sequence[ScopeFence], at_least: int) -> ScopeFence:
     scope, lifted = held[0].scope, _said([its.lifted for its in held], at_least)
     final = _said([its.nonce for its in held if its.final], at_least)
-    if final:
+    lends = _said([its.nonce for its in held if its.lends], at_least)
+    if final and lends in (b"", final):
         return ScopeFence(scope, final, True, lifted)
+    if lends:
+        return ScopeFence(scope, lends, False, lifted if lifted < lends else b"", True)
     nonce = _said([its.nonce for its in held], at_least)
-    if nonce and sum(its.lends and its.nonce == nonce for its in held) >= at_least:
-        return ScopeFence(scope, nonce, False, lifted if lifted < nonce else b"", True)
     return ScopeFence(scope, nonce if nonce > lifted else b"", False, lifted)
 
 
