@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -11,9 +13,11 @@ from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.acceptor import Acceptor, judge_accept, judge_create, judge_prepare
+from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.register import RULES, Rules, Verdict
 from storaged.meta.messages import AcceptReply, FenceReply, FenceSet, PrepareReply
-from storaged.meta.names import ZERO_BALLOT
+from storaged.meta.names import ZERO_BALLOT, RegisterName
+from storaged.meta.proposer.fences import RingFences
 from storaged.meta.storage.batch import FINAL, LENDS, fence_of
 from storaged.meta.store_ports import Fence
 from tests.doubles.meta_store import MemoryMetaStore
@@ -272,3 +276,45 @@ async def test_a_look_tells_which_fences_lend(ring: Ring) -> None:
     await ring.third.inner.fence(FenceSet(third, RING_SCOPE, NONCE, lends=True))
     look = await client.look(NAME)
     assert (look.fenced, look.lends, look.final) == ({first, second, third}, {third}, {first})
+
+
+class Steps:
+    """A partition that has moved from c to d, as this process learns when it asks. The disks of both sets, of which one
+    knows the later step, and refuses who does not."""
+
+    def __init__(self, *, learns: bool) -> None:
+        self.views = [View.of(0, ("a", "b", "c")), View.of(2 << 32, ("a", "b", "d"))]
+        self.learns = learns
+        self.asked: list[list[str]] = []
+        self.refreshed = 0
+
+    def view(self, _name: RegisterName) -> View:
+        return self.views[1 if self.learns and self.refreshed else 0]
+
+    async def refresh(self, _name: RegisterName, view: View, _timeout_s: float) -> bool:
+        self.refreshed += 1
+        return self.view(NAME) != view
+
+    def deadline(self) -> float:
+        return 5.0
+
+    def remaining_s(self, deadline: float) -> float:
+        return deadline
+
+    async def gather(self, quorums: Sequence[Quorum], _call: object, is_done: Any, _deadline: float, **_: bool) -> Any:
+        disks = list(quorums[0].disks)
+        self.asked.append(disks)
+        old = FenceReply(False, Verdict.EPOCH)
+        replies = {disk: old if disk == "b" and "c" in disks else FenceReply(True, lends=True) for disk in disks}
+        return {disk for disk, reply in replies.items() if is_done(reply)}
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("final", [False, True])
+async def test_all_replicas_are_those_of_the_last_step_that_one_of_them_knows(learns: bool, final: bool) -> None:
+    """One that lies about the step costs a look at the record."""
+    steps: Any = Steps(learns=learns)
+    fences = RingFences(steps, steps.view, steps)
+    assert await fences.fence(RING_SCOPE, [0], NONCE, final=final) is (learns and not final)
+    old, new = ["a", "b", "c"], ["a", "b", "d"]
+    assert steps.asked == ([old, new] if learns and not final else [old])
