@@ -415,6 +415,62 @@ async def test_a_bucket_that_is_deleted_at_last_as_an_empty_one_leaves_no_lender
     assert made.world.ring.fences[made.source.id][1], "its fence is final"
 
 
+@pytest.mark.parametrize("name_is_taken", [False, True])
+async def test_a_lender_whose_record_is_written_late_goes(
+    made: Made, name_is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt sleeps before it writes that. Another one has deleted the bucket when it wakes up. Found by
+    seed 242 of the play ``lenders``."""
+    await made.copy(made.source, b"a", made.other, b"b")
+    await made.objects.create_upload(made.source, b"up", NewMeta(), owner=ANNE.user_id)
+    await made.delete(made.source, b"a")
+    slept: list[BucketRecord] = []
+
+    async def sleeps(bucket: BucketRecord) -> BucketRecord:
+        slept.append(bucket)
+        raise ServiceUnavailable("It sleeps.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made.buckets._lenders, "begin", sleeps)
+        with pytest.raises(ServiceUnavailable):
+            await made.buckets.delete(made.source)
+    made.world.ring.replica_away = True
+    [deleting] = [one for one in await made.buckets.every_bucket() if one.name == "source"]
+    await made.buckets.resume(deleting)
+    made.world.ring.replica_away = False
+    source = await made.buckets.renewed("source")
+    await made.delete(made.other, b"b")
+    await made.delete_bucket(source)
+    if name_is_taken:
+        await made.bucket("source")
+    await made.buckets._lenders.begin(slept[0])
+    assert await made.lender() is not None
+    await made.tend()
+    assert await made.lender() is None
+
+
+async def test_a_lender_goes_that_ends_in_the_middle_of_its_deletion(made: Made) -> None:
+    """One gateway writes its record; then the loans end, and another gateway finds the bucket empty."""
+    await made.copy(made.source, b"a", made.other, b"b")
+    upload = await made.objects.create_upload(made.source, b"up", NewMeta(), owner=ANNE.user_id)
+    assert upload.upload_id
+    await made.delete(made.source, b"a")
+    begin = made.buckets._lenders.begin
+
+    async def dies(bucket: BucketRecord) -> BucketRecord:
+        await begin(bucket)
+        raise ServiceUnavailable("It dies.")
+
+    made.buckets._lenders.begin = dies  # type: ignore[method-assign]
+    with pytest.raises(ServiceUnavailable):
+        await made.buckets.delete(made.source)
+    await made.delete(made.other, b"b")
+    [deleting] = [one for one in await made.buckets.every_bucket() if one.name == "source"]
+    assert await made.buckets.resume(deleting) is None
+    await made.tend()
+    assert await made.lender() is None
+
+
 async def test_open_uploads_end_with_the_bucket_that_becomes_a_lender(made: Made) -> None:
     await made.copy(made.source, b"a", made.other, b"b")
     upload = await made.objects.create_upload(made.source, b"up", NewMeta(), owner=ANNE.user_id)

@@ -22,6 +22,10 @@ not come to that, because a gateway died or an object was found, the name is Act
 record of the lender goes (``tend``), unless the attempt with its nonce is still under way. What uses the nonce
 meanwhile does no harm: it ends loans and names places, which the bucket itself would take.
 
+*Late attempts.* A gateway may sleep before it writes the record of the lender. Meanwhile another attempt may delete the
+bucket, whose loans have ended, and another bucket may take the name. Then the fence is final: it was set when nothing
+was left. The record that was written late goes by that.
+
 *No new loans.* A lender gets no borrower any more, so it ends when those that it has have gone. Nothing is left then
 that a request could still change, and no round has to be made.
 """
@@ -31,7 +35,7 @@ from __future__ import annotations
 import msgspec
 import structlog
 
-from storaged.errors import ServiceUnavailable, StoragedError
+from storaged.errors import NoSuchBucket, ServiceUnavailable, StoragedError
 from storaged.meta.listing.merge import every_row
 from storaged.meta.names import Change, RegisterName, Table, Value, object_name, system_name
 from storaged.meta.ports import PageQuery, Row
@@ -133,6 +137,9 @@ class LenderService:
             return None
         if not await self._records.is_deleted(lender.formerly, lender.id, lender.nonce):
             return lender
+        if await self._has_ended(lender):
+            await self._records.step(lender, msgspec.structs.replace(lender, state=DELETED))
+            return None
         await end_uploads(self._plane.for_lenders(), lender)
         row = await self._any_row(lender)
         if row is None:
@@ -140,6 +147,15 @@ class LenderService:
         if decode_record(row.value).versions:
             await self._remove_versions(lender, row.key)
         return lender
+
+    async def _has_ended(self, lender: BucketRecord) -> bool:
+        """Whether the bucket's fence is final: any key tells. Raises ServiceUnavailable."""
+        name = object_name(lender.id, lender.shard_numbers, b"any")
+        try:
+            await self._plane.registers.settle(name)  # without the nonce: its fence refuses it in any case
+        except NoSuchBucket as error:
+            return bool(error.details.get("final"))
+        return False
 
     async def try_tend(self, lender: BucketRecord) -> None:
         """As ``tend``, in the background."""
