@@ -256,6 +256,9 @@ def settle_handler(registers: Registers) -> Handler:
                 if values[index] is None:
                     pace.spend(node, 1, now())
             except NoSuchBucket as error:
+                if error.details.get("lends"):
+                    reasons[index] = "its bucket was deleted and lends, but has no record of that now"
+                    return
                 results[index] = FENCED_FOR_EVER if error.details.get("final") else FENCED
                 reasons[index] = "its bucket is being deleted"
             except (StoragedError, TimeoutError) as error:

@@ -132,7 +132,7 @@ class Gateway:
         context = dataclasses.replace(node.maintain_context(), registers=plane.lender_registers)
         self.mover = Mover(context)
         self.discarder = Discarder(context, self.mover)
-        self.partitions = PartitionDuty(node, self._late, self.buckets)
+        self.partitions = PartitionDuty(node, self._late, self.buckets, plane.lender_registers)
         self.lifecycle = LifecycleDuty(self._late, plane, self.buckets, self.partitions.is_first)
         self._answers = Answers(
             node.pool,

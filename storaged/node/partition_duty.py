@@ -24,6 +24,7 @@ from storaged.maintain.expunger import Expunger, ExpungerPorts
 from storaged.maintain.partition_mover import MoverPorts, PartitionMover
 from storaged.maintain.spare_room import bytes_of_partition, disks_short, free_for_spares
 from storaged.meta.names import RegisterName, Value
+from storaged.meta.ports import Registers
 from storaged.node.applying import LayoutApplication
 from storaged.node.planes import NodePlanes
 from storaged.node.sparing_duty import SparingDuty, SparingPorts
@@ -38,7 +39,8 @@ from storaged.wire import decode
 class PartitionDuty:
     """``run`` and ``expunge`` are its tasks, in a gateway's first process. ``keys`` open when the keyring is there."""
 
-    def __init__(self, node: NodePlanes, keys: LateKeys, buckets: BucketService) -> None:
+    def __init__(self, node: NodePlanes, keys: LateKeys, buckets: BucketService, registers: Registers) -> None:
+        """``registers``: also those of lenders."""
         self._keys = keys
         self._buckets = buckets
         self._cluster = node.own.cluster
@@ -93,6 +95,7 @@ class PartitionDuty:
                 liveness=node.membership,
                 clock=node.clock,
                 is_mine=self.is_first,
+                settle=registers.settle,
             ),
             delay_s=node.config.limits.expunge_delay_s,
         )

@@ -164,8 +164,9 @@ LENDER_BUGS = (
         600,
         _PLAY,
         _LENDERS,
+        "                return lender  # the deletion goes on\n"
         "            await self._records.step(lender, msgspec.structs.replace(lender, state=DELETED))\n"
         "            return None\n",
-        "            return lender\n",
+        "                return lender  # the deletion goes on\n            return lender\n",
     ),
 )

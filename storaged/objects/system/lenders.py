@@ -140,6 +140,8 @@ class LenderService:
         if await self._has_ended(lender):
             await self._records.step(lender, msgspec.structs.replace(lender, state=DELETED))
             return None
+        # A disk that has come since may have a plain fence, if another one lied about it.
+        await self._plane.fences.fence(lender.id, lender.shard_numbers, lender.nonce, lends=True)
         await end_uploads(self._plane.for_lenders(), lender)
         row = await self._any_row(lender)
         if row is None:
