@@ -193,6 +193,8 @@ class Collecting:
         self.uploads = Uploads(self)
         self.calm_s = 1.5
         """Between two harms."""
+        self.pauses_s: tuple[float, ...] = (0.1, 0.5, 2.0, 5.0)
+        """Of collectors."""
 
     def name(self, key: bytes) -> RegisterName:
         return RegisterName(Table.OBJECT, SCOPE, 3, key)
@@ -396,7 +398,7 @@ class Collecting:
     async def collect(self, node: CollectingNode) -> None:
         """The collector of one node, in all its lives. Until it is cancelled."""
         while True:
-            await asyncio.sleep(self.random.choice((0.1, 0.5, 2.0, 5.0)))
+            await asyncio.sleep(self.random.choice(self.pauses_s))
             if node.up:
                 life = self.world.loop.create_task(self._collect_once(node))
                 while not life.done() and node.up:

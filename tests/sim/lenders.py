@@ -71,7 +71,7 @@ OPERATIONS = 20
 PAUSE_S_MAX = 1.5
 ALWAYS_MS = -(1 << 50)
 """No borrower is spared because it is young."""
-ROUNDS_MAX = 12
+ROUNDS_MAX = 7
 """Of housekeeping in the end."""
 DELETIONS_MAX = 6
 
@@ -169,6 +169,7 @@ class Lenders(Lending):
         self.liar = self.luck.choice(DISKS) if self.lies else ""
         HidingNode.play = self  # type: ignore[assignment]
         self.calm_s = self.luck.choice((2.0, 6.0, 20.0))
+        self.pauses_s = (0.5, 2.0, 5.0, 10.0)
         self._sleeps_long = self.luck.choice((0.0, 0.02, 0.05))
         self._lifetime_s = self.luck.choice((6.0, 20.0, 60.0))
         """Of a gateway."""

@@ -93,7 +93,8 @@ async def test_a_range_beyond_the_object_is_refused_with_its_size(monkeypatch: p
 async def test_copy_object_takes_5_gib(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyObject.html"""
     _, written = opened(monkeypatch, size)
-    buckets: Any = SimpleNamespace(id=b"one"), SimpleNamespace(id=b"other")  # nothing is lent between them
+    one, other = SimpleNamespace(id=b"one", countries=("FR",)), SimpleNamespace(id=b"other", countries=("DE",))
+    buckets: Any = one, other  # nothing is lent between them
     no_plane: Any = None
     copying = copy.copy(no_plane, CopySource(buckets[0], b"k"), buckets[1], b"to", owner="o", meta=None)
     if size == PART_BYTES_MAX:

@@ -11,6 +11,7 @@ import pytest
 
 from storaged.errors import BucketNotEmpty, NoSuchBucket, NoSuchKey, OutcomeUnknown, ServiceUnavailable, SlowDown
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name
+from storaged.meta.ports import Row
 from storaged.objects.api import BodyChecks, CompletedPart, CopySource, NewMeta, Principal, PutResult, Renaming
 from storaged.objects.code.lending import find_borrower
 from storaged.objects.code.versions import decode_record
@@ -18,7 +19,9 @@ from storaged.objects.configuration.document import NOTHING
 from storaged.objects.configuration.kinds import ENABLED, VERSIONING, Versioning
 from storaged.objects.records import DELETED, LENDING, BucketRecord, PartEntry, sharing_of
 from storaged.objects.service import ObjectService
+from storaged.objects.system import lenders
 from storaged.objects.system.buckets import BucketService
+from storaged.objects.system.emptying import Left, left_in
 from storaged.objects.system.keyends import destroy_ended_keys
 from storaged.objects.where import where
 from storaged.objects.write.loans import end_loan, end_unused
@@ -413,6 +416,50 @@ async def test_a_bucket_that_is_deleted_at_last_as_an_empty_one_leaves_no_lender
     with pytest.raises(NoSuchBucket):
         await made.buckets.renewed("source")
     assert made.world.ring.fences[made.source.id][1], "its fence is final"
+
+
+async def test_an_attempt_before_the_last_one_writes_no_lender(made: Made) -> None:
+    await made.copy(made.source, b"a", made.other, b"b")
+    await made.delete(made.source, b"a")
+    await made.delete_bucket(made.source)
+    lender = await made.lender()
+    assert lender is not None
+    before = msgspec.structs.replace(made.source, nonce=bytes(len(lender.nonce)))
+    with pytest.raises(ServiceUnavailable):
+        await made.buckets._lenders.begin(before)
+    assert await made.lender() == lender
+
+
+async def test_a_row_with_a_loan_inside_of_its_bucket_makes_no_lender(made: Made) -> None:
+    await made.copy(made.source, b"a", made.other, b"b")
+    await made.delete(made.source, b"a")
+    value = made.value(b"a")
+    assert value is not None
+    assert left_in(Row(b"a", value)) is Left.LOANS
+    await put(made.objects, made.source, DATA, key=b"a")
+    await made.copy(made.source, b"a", made.source, b"c")
+    await made.delete(made.source, b"a")
+    value = made.value(b"a")
+    assert value is not None
+    assert made.borrowers(b"a") == [b"b", b"c"]
+    assert left_in(Row(b"a", value)) is Left.OBJECTS
+
+
+async def test_a_bucket_of_which_some_replica_may_have_an_object_makes_no_lender(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when that replica did not answer before."""
+    await made.copy(made.source, b"a", made.other, b"b")
+    await made.delete(made.source, b"a")
+
+    async def is_doubted(_plane: object, _bucket: BucketRecord, *, everyone: bool = False) -> bool:
+        return everyone
+
+    monkeypatch.setattr(lenders, "is_doubted", is_doubted)
+    with pytest.raises(SlowDown):
+        await made.buckets.delete(made.source)
+    assert await made.lender() is None
+    assert (await made.buckets.renewed("source")).id == made.source.id
 
 
 @pytest.mark.parametrize("name_is_taken", [False, True])

@@ -84,7 +84,7 @@ async def lendable(
     """
     if (source.bucket.id, source.key) == (bucket.id, key) or source.customer_key != NO_KEY:
         return None
-    if encryption is not None and encryption.kind == CUSTOMER:
+    if not may_lend(source.bucket, bucket) or (encryption is not None and encryption.kind == CUSTOMER):
         return None
     found = await find(plane, source.bucket, source.key, source.version_id)
     opened = found.opened
@@ -97,7 +97,7 @@ async def lendable(
         check_copy_source(source.conditions, info.etag, info.modified_ms)
     check_allowed(access_of(info), source.allowed)
     owner, lender = owner_of(source.bucket, found), await lender_of(plane, source.bucket, opened.borrowed)
-    if lender is None or lender.state != ACTIVE or not may_lend(lender, bucket) or not replicas_answer(plane, owner):
+    if lender is None or lender.state != ACTIVE or not replicas_answer(plane, owner):
         return None
     return Lendable(info, found, owner, lender)
 
