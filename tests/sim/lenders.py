@@ -184,7 +184,7 @@ class Lenders(Lending):
         self._made: dict[str, set[bytes]] = defaultdict(set)
         """By name: buckets whose creation was acknowledged, and whose deletion was not asked for."""
         self.uploads = _Uploads(self)
-        self._lives: dict[Gateway, set[asyncio.Task[Any]]] = defaultdict(set)
+        self._lives: dict[Gateway, dict[asyncio.Task[Any], None]] = defaultdict(dict)
 
     def _skew_ms(self, *hours: int) -> int:
         return super()._skew_ms(*hours) if self._skewed else self.world.skew_ms()
@@ -254,11 +254,11 @@ class Lenders(Lending):
             await asyncio.sleep(self.luck.uniform(0, PAUSE_S_MAX))
             self.found.operations += 1
             work = self.world.loop.create_task(self._operate(gateway))
-            self._lives[gateway].add(work)
+            self._lives[gateway][work] = None
             try:
                 await asyncio.wait([work])
             finally:
-                self._lives[gateway].discard(work)
+                self._lives[gateway].pop(work, None)
             if not work.cancelled() and (error := work.exception()) is not None:
                 raise error
 
