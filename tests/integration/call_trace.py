@@ -17,6 +17,7 @@ LOOP = "Loop"
 PARTS: Mapping[str, str] = {
     "storaged.s3": "Front",
     "storaged.objects": "Objects",
+    "storaged.objects.lender_registers": "Ring",
     "storaged.keys": "Keys",
     "tests.doubles.keys": "Keys",
     "storaged.maintain": "Repair",
