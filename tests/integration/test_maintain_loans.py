@@ -1,7 +1,8 @@
 """Repair, moves and collection keep the data of copies that moved none, until the last key that reads it goes.
 
-``a`` was copied to ``b``, and that to ``c``. Then ``a`` was deleted, and a new object stored there. Each test does
-something that could lose the data, and reads all keys.
+``a`` was copied to ``b``, and that to ``c``, in the same bucket or in another one. Then ``a`` was deleted, and a new
+object stored there, or its bucket was deleted too, and so became a lender. Each test does something that could lose
+the data, and reads all keys. What concerns lenders alone is in ``test_maintain_lenders``.
 """
 
 from __future__ import annotations
@@ -35,28 +36,69 @@ ORPHAN_S = MaintainLimits().orphan_age_ms / 1000
 RETIRE_S = ObjectLimits().retire_delay_ms / 1000
 
 
+INSIDE, APART, LENDER = "inside", "another bucket", "lender"
+ANYWHERE = pytest.mark.parametrize("where", [INSIDE, APART, LENDER])
+"""The copies are in the bucket of their source; or in another one; or this, and the bucket of the source is deleted."""
+
+
 class Copied:
-    def __init__(self, cluster: Cluster) -> None:
+    """``datas``: what each key has to have; where it is ``bucket_of`` tells."""
+
+    def __init__(self, cluster: Cluster, where: str = INSIDE, *, countries: tuple[str, ...] = ()) -> None:
         self.cluster = cluster
+        self.where = where
+        self.countries = countries
         self.datas: dict[bytes, bytes] = {}
+        self.buckets: dict[bytes, BucketRecord] = {}
+        """Of the keys that are not in ``bucket``."""
         self.bucket: BucketRecord
+        """Of the source."""
+        self.copies: BucketRecord
+        """Of the copies."""
+
+    async def begin(self) -> None:
+        self.bucket = self.copies = await self.create("bucket")
+        if self.where != INSIDE:
+            self.copies = await self.create("copies")
+
+    async def create(self, name: str) -> BucketRecord:
+        return await self.cluster.buckets.create(WHO, name, region="eu-fr-1", countries=self.countries)
 
     async def make(self, *, paged: bool = False) -> None:
         """``paged``: ``a`` has its parts on pages."""
-        self.bucket = await self.cluster.bucket()
+        await self.begin()
         await self.store(b"a", paged=paged)
         self.part = (await self.parts(b"a"))[-1]
         await self.copy(b"a", b"b")
         await self.copy(b"b", b"c")
         await self.delete(b"a")
-        await self.put(b"a", b"another object")
+        await self.end_bucket()
+        if self.where != LENDER:
+            await self.put(b"a", b"another object")
         assert len(await self.cluster.fragments(self.part.data_id)) == 6, "one copy of the data"
 
+    async def end_bucket(self) -> None:
+        """Deletes the bucket of the source, which lends; another bucket gets its name."""
+        if self.where == LENDER:
+            await self.cluster.buckets.delete(self.bucket)
+            assert await self.lends()
+            again = await self.create(self.bucket.name)
+            self.buckets[b"of the new bucket"] = again
+            await self.put(b"of the new bucket", os.urandom(300_000))
+
+    async def lends(self) -> bool:
+        """Whether the bucket of the source is a lender."""
+        return await self.cluster.gateway.plane.lenders.find(self.bucket.id) is not None
+
+    def bucket_of(self, key: bytes) -> BucketRecord:
+        return self.buckets.get(key, self.bucket)
+
     def name(self, key: bytes) -> RegisterName:
-        return object_name(self.bucket.id, self.bucket.shard_numbers, key)
+        bucket = self.bucket_of(key)
+        return object_name(bucket.id, bucket.shard_numbers, key)
 
     async def put(self, key: bytes, data: bytes) -> None:
-        await self.cluster.put(self.bucket, key, data)
+        await self.cluster.put(self.bucket_of(key), key, data)
         self.datas[key] = data
         await self.cluster.gateway.plane.background.settle()
 
@@ -65,16 +107,17 @@ class Copied:
         if not paged:
             await self.put(key, os.urandom(300_000))
             return
-        self.datas[key] = await many(self.cluster, self.bucket, key, count=34, size=PART)
+        self.datas[key] = await many(self.cluster, self.bucket_of(key), key, count=34, size=PART)
         await self.cluster.gateway.plane.background.settle()
 
     async def copy(self, source: bytes, to: bytes) -> None:
-        wanted = CopySource(self.bucket, source)
-        await self.cluster.objects.copy(wanted, self.bucket, to, owner=WHO.user_id, meta=None)
+        wanted = CopySource(self.bucket_of(source), source)
+        self.buckets[to] = self.copies
+        await self.cluster.objects.copy(wanted, self.copies, to, owner=WHO.user_id, meta=None)
         self.datas[to] = self.datas[source]
 
     async def delete(self, key: bytes) -> None:
-        await self.cluster.objects.delete(self.bucket, key)
+        await self.cluster.objects.delete(self.bucket_of(key), key)
         del self.datas[key]
         await self.cluster.gateway.plane.background.settle()
 
@@ -90,7 +133,7 @@ class Copied:
 
     async def check(self) -> None:
         for key, data in self.datas.items():
-            assert await self.cluster.get(self.bucket, key) == data, key
+            assert await self.cluster.get(self.bucket_of(key), key) == data, key
 
     async def tidy(self) -> None:
         """Runs everything that may delete, long after the last change."""
@@ -101,9 +144,10 @@ class Copied:
             await self.cluster.pass_s(1)
 
 
-def test_the_data_outlives_its_key_and_goes_with_the_last_copy() -> None:
+@ANYWHERE
+def test_the_data_outlives_its_key_and_goes_with_the_last_copy(where: str) -> None:
     async def scenario(cluster: Cluster) -> None:
-        copied = Copied(cluster)
+        copied = Copied(cluster, where)
         await copied.make()
         await copied.tidy()
         await copied.check()
@@ -119,9 +163,10 @@ def test_the_data_outlives_its_key_and_goes_with_the_last_copy() -> None:
     run(scenario)
 
 
-def test_lost_fragments_of_a_deleted_source_are_rebuilt() -> None:
+@ANYWHERE
+def test_lost_fragments_of_a_deleted_source_are_rebuilt(where: str) -> None:
     async def scenario(cluster: Cluster) -> None:
-        copied = Copied(cluster)
+        copied = Copied(cluster, where)
         await copied.make()
         for disk, fragment in (await cluster.fragments(copied.part.data_id))[:2]:
             await cluster.store(disk).delete([fragment])
@@ -138,12 +183,12 @@ def test_lost_fragments_of_a_deleted_source_are_rebuilt() -> None:
 
 
 @pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("early", [False, True])
-def test_recoding_and_moving_back_keep_what_copies_read(early: bool, paged: bool) -> None:
+@pytest.mark.parametrize(("where", "early"), [(INSIDE, False), (INSIDE, True), (APART, True), (LENDER, False)])
+def test_recoding_and_moving_back_keep_what_copies_read(where: str, early: bool, paged: bool) -> None:
     """``early``: the source is there while its blocks move."""
 
     async def scenario(cluster: Cluster) -> None:
-        copied = Copied(cluster)
+        copied = Copied(cluster, where)
         await copied.make(paged=paged)
         owner = b"a"
         if early:
@@ -170,10 +215,11 @@ def test_recoding_and_moving_back_keep_what_copies_read(early: bool, paged: bool
     run(scenario)
 
 
+@pytest.mark.parametrize("where", [INSIDE, LENDER])
 @pytest.mark.parametrize("paged", [False, True])
-def test_a_node_whose_disks_were_replaced_gets_what_copies_read(paged: bool) -> None:
+def test_a_node_whose_disks_were_replaced_gets_what_copies_read(paged: bool, where: str) -> None:
     async def scenario(cluster: Cluster) -> None:
-        copied = Copied(cluster)
+        copied = Copied(cluster, where)
         await copied.make(paged=paged)
         cluster.maintain()
         await cluster.settled()
@@ -193,10 +239,11 @@ def test_a_node_whose_disks_were_replaced_gets_what_copies_read(paged: bool) -> 
     run(scenario)
 
 
+@ANYWHERE
 @pytest.mark.parametrize("paged", [False, True])
-def test_partitions_move_with_loans_and_with_what_borrows(paged: bool) -> None:
+def test_partitions_move_with_loans_and_with_what_borrows(paged: bool, where: str) -> None:
     async def scenario(cluster: Cluster) -> None:
-        copied = Copied(cluster)
+        copied = Copied(cluster, where)
         await copied.make(paged=paged)
         cluster.maintain()
         await cluster.settled()
@@ -211,9 +258,10 @@ def test_partitions_move_with_loans_and_with_what_borrows(paged: bool) -> None:
     run(scenario)
 
 
-def test_a_walk_has_the_loans_ended_that_a_dead_gateway_left() -> None:
+@ANYWHERE
+def test_a_walk_has_the_loans_ended_that_a_dead_gateway_left(where: str) -> None:
     async def scenario(cluster: Cluster) -> None:
-        copied = Copied(cluster)
+        copied = Copied(cluster, where)
         await copied.make()
         plane = cluster.gateway.plane
         background: Any = plane.background
@@ -278,7 +326,7 @@ def test_a_walk_finishes_the_renames_of_a_dead_gateway(monkeypatch: pytest.Monke
 def test_all_parts_of_a_renamed_object_stay_until_it_goes() -> None:
     async def scenario(cluster: Cluster) -> None:
         copied = Copied(cluster)
-        copied.bucket = await cluster.bucket()
+        await copied.begin()
         objects, datas = cluster.objects, [os.urandom(5 << 20), os.urandom(70_000)]
         upload = await objects.create_upload(copied.bucket, b"a", NewMeta(), owner=WHO.user_id)
         parts = []
@@ -308,18 +356,19 @@ def test_all_parts_of_a_renamed_object_stay_until_it_goes() -> None:
     run(scenario)
 
 
-def test_lent_parts_on_pages_are_kept_repaired_and_moved_until_the_last_copy_goes() -> None:
+@pytest.mark.parametrize("where", [INSIDE, LENDER])
+def test_lent_parts_on_pages_are_kept_repaired_and_moved_until_the_last_copy_goes(where: str) -> None:
     async def scenario(cluster: Cluster) -> None:
-        copied = Copied(cluster)
-        copied.bucket = bucket = await cluster.bucket()
-        whole = await many(cluster, bucket, b"a", count=34, size=PART)
+        copied = Copied(cluster, where)
+        await copied.begin()
+        await copied.store(b"a", paged=True)
         ids = [part.data_id for part in await copied.parts(b"a")]
-        copied.datas = {b"a": whole}
         await copied.copy(b"a", b"b")
-        await cluster.objects.rename(bucket, Renaming(b"b", b"c"))
-        copied.datas[b"c"] = copied.datas.pop(b"b")
+        await cluster.objects.rename(copied.copies, Renaming(b"b", b"c"))
+        copied.datas[b"c"], copied.buckets[b"c"] = copied.datas.pop(b"b"), copied.copies
         before = kept(cluster)
         await copied.delete(b"a")
+        await copied.end_bucket()
         await copied.tidy()
         await sweep_pages(cluster)
         await copied.check()
@@ -353,18 +402,22 @@ async def _pages(copied: Copied, key: bytes) -> set[bytes]:
     return {page async for page in pages_in(ring, name, (await ring.read(name)).value, complete=True)}
 
 
-def test_one_walk_has_the_loans_of_many_objects_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", [INSIDE, LENDER])
+def test_one_walk_has_the_loans_of_many_objects_ended(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """More than a node notes at once. Copies are no lenders."""
     for module, name, value in ((walk, "ROWS_A_SLICE", 1), (walk, "LENDERS_MAX", 1), (check, "NAMES_A_SETTLE", 1)):
         monkeypatch.setattr(module, name, value)
     sources = [b"source %d" % number for number in range(5)]
 
     async def scenario(cluster: Cluster) -> None:
-        copied = Copied(cluster)
-        copied.bucket = await cluster.bucket()
+        copied = Copied(cluster, where)
+        await copied.begin()
         for source in sources:
             await copied.put(source, os.urandom(300_000))
             await copied.copy(source, b"copy of " + source)
+            if where == LENDER:
+                await copied.delete(source)
+        await copied.end_bucket()
         plane = cluster.gateway.plane
         plane.background.spawn = lambda work: work.close() or False  # type: ignore[assignment,method-assign,func-returns-value]
         for source in sources[1:]:
