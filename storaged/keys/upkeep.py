@@ -80,10 +80,11 @@ class KeyHomes:
 
     async def end(self, bucket_id: bytes, name: str, nonce: bytes, shards: Sequence[int]) -> None:
         """Notes in the register that the bucket of this name was found empty after the final fence ``nonce`` of its
-        ``shards``. Idempotent. Repairs a damaged register first; when no key opens it notes nothing.
+        ``shards``. Idempotent. A request that slept takes no note of a later attempt away: the fence of an earlier one
+        can't be made final any more. Repairs a damaged register first; when no key opens it notes nothing.
         """
         found = await self.settle(bucket_id, keep=False)
-        if not found.keys or (found.ended is not None and found.ended.nonce == nonce):
+        if not found.keys:
             return
         end = BucketEnd(name, self._clock.wall_ms(), nonce, tuple(shards))
         ended, done = BucketKeyRecord(bucket_id, found.versions, ended=end), False
@@ -91,8 +92,9 @@ class KeyHomes:
         def update(before: StoredRegister | None) -> KeyChange | None:
             nonlocal done
             now = judge(self._vault, bucket_id, before, ())
-            done = not now.damage and now.versions == found.versions
-            return self._signed(ended, before) if done else None
+            noted = now.ended is not None and now.ended.nonce >= nonce
+            done = noted or (not now.damage and now.versions == found.versions)
+            return None if noted or not done else self._signed(ended, before)
 
         await self._registers.change(register_of(bucket_id), update)
         if not done:

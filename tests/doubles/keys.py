@@ -84,7 +84,8 @@ class MemoryKeys:
         self.newest.setdefault(bucket_id, 1)
 
     async def end_bucket_key(self, bucket_id: bytes, name: str, nonce: bytes, shards: Sequence[int]) -> None:
-        if bucket_id in self.newest:
+        ended = self.ended.get(bucket_id)
+        if bucket_id in self.newest and (ended is None or ended.nonce < nonce):
             self.ended[bucket_id] = BucketEnd(name, self.now_ms(), nonce, tuple(shards))
 
     async def ended_bucket_keys(self) -> list[EndedKey]:

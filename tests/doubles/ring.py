@@ -214,10 +214,13 @@ class MemoryRing:
     async def fence(
         self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False, lends: bool = False
     ) -> bool:
-        self.fences[scope] = (nonce, final)
+        held = self.fences.get(scope)
+        if held is not None and (nonce != held[0] if held[1] else nonce < held[0] and not final):
+            raise ServiceUnavailable("a final fence, or one with a higher nonce, stays")
+        self.fences[scope] = (nonce, final or (held is not None and held[1]))
         lent = self.lending.get(scope) == nonce
         self.lending.pop(scope, None)
-        if (lends or lent) and not final:
+        if (lends or lent) and not self.fences[scope][1]:
             self.lending[scope] = nonce
         return not self.replica_away
 

@@ -95,6 +95,17 @@ class KeyServiceSuite:
         with pytest.raises(KeyringUnavailable):
             await keys.bucket_key(BUCKET, ())
 
+    async def test_a_late_end_takes_no_note_of_a_later_attempt_away(self, keys: KeyService) -> None:
+        """Else the key would wait for ever for a final fence that the replicas refuse."""
+        await self.created(keys)
+        for nonce in (b"2" * 16, b"1" * 16):
+            await keys.end_bucket_key(BUCKET, "photos", nonce, [0])
+            [ended] = await keys.ended_bucket_keys()
+            assert ended.end.nonce == b"2" * 16
+        await keys.end_bucket_key(BUCKET, "photos", b"3" * 16, [0])
+        [ended] = await keys.ended_bucket_keys()
+        assert ended.end.nonce == b"3" * 16
+
     async def test_a_message_is_authenticated_with_its_context(self, keys: KeyService) -> None:
         tag = keys.authenticate([b"a", b"bc"], b"message")
         assert len(tag) == 32

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 import pytest
 
 from storaged.errors import BucketNotEmpty, NoSuchBucket, NoSuchKey, OutcomeUnknown, ServiceUnavailable, SlowDown
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name
-from storaged.meta.ports import Row
+from storaged.meta.ports import Reading, Row
 from storaged.objects.api import BodyChecks, CompletedPart, CopySource, NewMeta, Principal, PutResult, Renaming
 from storaged.objects.code.lending import find_borrower
 from storaged.objects.code.versions import decode_record
@@ -24,6 +25,7 @@ from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.emptying import Left, left_in
 from storaged.objects.system.keyends import destroy_ended_keys
 from storaged.objects.where import where
+from storaged.objects.write.departures import end_old
 from storaged.objects.write.loans import end_loan, end_unused
 from storaged.objects.write.references import parts_in
 from tests.worlds.objects import World, got, pieces, put
@@ -496,6 +498,53 @@ async def test_a_lender_whose_record_is_written_late_goes(
     assert await made.lender() is None
 
 
+async def test_a_lender_whose_record_is_written_late_does_not_keep_its_bucket_from_its_end(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, and the gateway that deleted the bucket died before it had set the final fence. What sets that in its
+    place asks whether the bucket is a lender; and the lender goes only when the fence is final."""
+    await made.copy(made.source, b"a", made.other, b"b")
+    await made.delete(made.source, b"a")
+    slept: list[BucketRecord] = []
+
+    async def sleeps(bucket: BucketRecord) -> BucketRecord:
+        slept.append(bucket)
+        raise ServiceUnavailable("It sleeps.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made.buckets._lenders, "begin", sleeps)
+        with pytest.raises(ServiceUnavailable):
+            await made.buckets.delete(made.source)
+    made.world.ring.replica_away = True
+    [deleting] = [one for one in await made.buckets.every_bucket() if one.name == "source"]
+    await made.buckets.resume(deleting)
+    made.world.ring.replica_away = False
+    source = await made.buckets.renewed("source")
+    await made.delete(made.other, b"b")
+    fence = made.world.ring.fence
+
+    async def dies(*what: Any, final: bool = False, **how: Any) -> bool:
+        if final:
+            raise ServiceUnavailable("It dies.")
+        return await fence(*what, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made.world.ring, "fence", dies)
+        with pytest.raises(ServiceUnavailable):
+            await made.buckets.delete(source)
+    await made.bucket("source")
+    await made.buckets._lenders.begin(slept[0])
+    assert await made.lender() is not None
+    for disk in made.world.disks.disks.values():
+        disk.garbage.clear()  # it was collected
+    await destroy_ended_keys(made.plane, made.buckets)
+    for record in await made.buckets.every_bucket():
+        await made.buckets.resume(record)
+    assert await made.lender() is None
+    assert made.world.ring.fences[made.source.id][1], "its fence is final"
+    assert made.source.id not in made.world.keys.newest
+
+
 async def test_a_lender_goes_that_ends_in_the_middle_of_its_deletion(made: Made) -> None:
     """One gateway writes its record; then the loans end, and another gateway finds the bucket empty."""
     await made.copy(made.source, b"a", made.other, b"b")
@@ -530,6 +579,44 @@ async def test_open_uploads_end_with_the_bucket_that_becomes_a_lender(made: Made
     uploads = [value for name, value in made.world.ring.values.items() if name.table == Table.UPLOAD]
     assert [value.visibility for value in uploads] == [Visibility.HIDDEN]
     assert await made.read(made.other, b"b") == DATA
+
+
+async def test_an_upload_that_can_not_be_read_keeps_no_lender_from_its_end(made: Made) -> None:
+    await made.copy(made.source, b"a", made.other, b"b")
+    for key in (b"up", b"up2"):
+        await made.objects.create_upload(made.source, key, NewMeta(), owner=ANNE.user_id)
+    values = made.world.ring.values
+    damaged, other = sorted((name for name in values if name.table == Table.UPLOAD), key=lambda name: name.key)
+    values[damaged] = msgspec.structs.replace(values[damaged], body=b"?")
+    await made.delete(made.source, b"a")
+    await made.delete_bucket(made.source)
+    assert values[other].visibility == Visibility.HIDDEN, "the other one has ended"
+    await made.delete(made.other, b"b")
+    await made.tend()
+    assert await made.lender() is None
+
+
+async def test_loans_of_a_lender_end_whose_replicas_have_to_be_settled_first(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await made.copy(made.source, b"a", made.other, b"b")
+    await made.delete(made.source, b"a")
+    await made.delete_bucket(made.source)
+    name = made.name(b"b", made.other)
+    made.world.ring.values[name] = Value(9, b"o" * 16, Visibility.TOMBSTONE, b"")  # its gateway died before the end
+    ring, read = made.world.ring, made.world.ring.read
+
+    async def settles(name: RegisterName, *, settling_nonce: bytes = b"", **how: Any) -> Reading:
+        if ring.lending.get(name.scope, settling_nonce) != settling_nonce:
+            raise NoSuchBucket("", lends="true")
+        return await read(name, **how)
+
+    monkeypatch.setattr(ring, "read", settles)
+    lender = await made.lender()
+    assert lender is not None
+    assert await end_old(made.plane, lender, made.name(b"a"), fresh_ms=-1) == 0
+    await made.tend()
+    assert await made.lender() is None
 
 
 async def test_a_version_that_turns_up_in_a_lender_is_removed(made: Made) -> None:

@@ -278,12 +278,16 @@ class BucketService:
 
     async def is_deleted(self, name: str, bucket_id: bytes, nonce: bytes) -> bool:
         """Whether authentic records prove that this bucket was deleted by the attempt of this nonce, and that it lends
-        nothing. A missing record proves nothing. Raises DataDamaged for a record that is not authentic,
+        nothing. A missing record proves nothing. The record of a lender with a lower nonce was written late: it waits
+        for the final fence, which the caller of this sets. Raises DataDamaged for a record that is not authentic,
         ServiceUnavailable.
         """
         if not await self._records.is_deleted(name, bucket_id, nonce):
             return False
-        return name == lender_name(bucket_id) or await self._lenders.find(bucket_id) is None
+        if name == lender_name(bucket_id):
+            return True
+        lender = await self._lenders.find(bucket_id)
+        return lender is None or lender.nonce < nonce
 
     async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
         """Raises BucketNotEmpty, NoSuchBucket, ServiceUnavailable, and SlowDown when nothing but events that are not

@@ -24,7 +24,8 @@ meanwhile does no harm: it ends loans and names places, which the bucket itself 
 
 *Late attempts.* A gateway may sleep before it writes the record of the lender. Meanwhile another attempt may delete the
 bucket, whose loans have ended, and another bucket may take the name. Then the fence is final: it was set when nothing
-was left. The record that was written late goes by that.
+was left. The record that was written late goes by that. Where the gateway died that was to set it, ``keyends`` does;
+there such a record counts for nothing.
 
 *No new loans.* A lender gets no borrower any more, so it ends when those that it has have gone. Nothing is left then
 that a request could still change, and no round has to be made.

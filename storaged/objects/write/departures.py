@@ -227,7 +227,8 @@ async def end_old(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, 
 
 
 async def _end_departures(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, fresh_ms: int) -> int:
-    sharing = sharing_of(decode_record((await plane.registers.read(name)).value))
+    """A lender has none; that is read as everything of it is."""
+    sharing = sharing_of(decode_record((await plane.lender_registers.read(name)).value))
     if sharing.departure is not None and _is_old(plane, sharing.departure, fresh_ms):
         await end_departure(plane, bucket, name, sharing.departure.id)
     return await end_arrivals(plane, bucket, name, fresh_ms) if sharing.arrivals else 0

@@ -51,8 +51,8 @@ async def retire_uploads(plane: ObjectPlane, bucket: BucketRecord) -> None:
 
 
 async def end_uploads(plane: ObjectPlane, lender: BucketRecord) -> None:
-    """Aborts the open uploads of a lender, whose fence is not final, and retires their parts. ``plane``: for lenders.
-    Raises DataDamaged, ServiceUnavailable.
+    """Aborts the open uploads of a lender, whose fence is not final, and retires their parts: of those that can be
+    read. ``plane``: for lenders. Raises ServiceUnavailable.
     """
     query = partial(PageQuery, scope=lender.id, settling_nonce=lender.nonce, after_fence=True)
 
@@ -64,11 +64,14 @@ async def end_uploads(plane: ObjectPlane, lender: BucketRecord) -> None:
         return Change(encode(record), Visibility.HIDDEN)
 
     async for row in every_row(plane.scanner, query(Table.UPLOAD, shards=lender.shard_numbers)):
-        upload = living_upload(row.key, row.value)
-        if upload is not None:
-            upload_id = upload.record.upload_id
-            await plane.registers.change(upload_name(lender.id, upload.key, upload_id), aborted)
-            await _retire(plane, lender, upload, query(Table.PART, shards=[upload_id[0]], prefix=upload_id))
+        try:
+            upload = living_upload(row.key, row.value)
+            if upload is not None:
+                upload_id = upload.record.upload_id
+                await plane.registers.change(upload_name(lender.id, upload.key, upload_id), aborted)
+                await _retire(plane, lender, upload, query(Table.PART, shards=[upload_id[0]], prefix=upload_id))
+        except DataDamaged:
+            continue  # it ends with the lender, which must not wait for it
 
 
 async def _retire(plane: ObjectPlane, bucket: BucketRecord, upload: LivingUpload, parts: PageQuery) -> None:
