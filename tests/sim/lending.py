@@ -119,8 +119,7 @@ class Lending(Versions):
         return plane
 
     def _retire_later(self, gateway: Gateway, disk: str, entry: Retirement) -> None:
-        """Collects entries, so that they are retired in an order that the seed decides: the program goes through a set
-        of disks."""
+        """Collects the entries of a turn, and retires them in their order."""
         if not self._garbage:
             self.world.loop.call_soon(self._retire_all, gateway)
         self._garbage.append((disk, entry))

@@ -28,6 +28,7 @@ from tests.sim.hiding import run_hiding
 from tests.sim.hostile import run_hostile
 from tests.sim.inventories import run_inventories
 from tests.sim.layouts import run_layouts
+from tests.sim.lenders import run_lenders
 from tests.sim.lending import run_lending
 from tests.sim.lifecycle import run_lifecycle
 from tests.sim.listing import run_listing
@@ -160,6 +161,7 @@ def test_partitions_that_lost_a_majority_go_on_with_all_that_is_left() -> None:
         run_lifecycle,
         run_inventories,
         run_lending,
+        run_lenders,
         run_renaming,
         run_names,
     ],
@@ -230,6 +232,7 @@ def test_a_mutant_changes_the_code_of_its_function_alone() -> None:
         "inventories",
         "versions",
         "lending",
+        "lenders",
         "renaming",
         "names",
     ],

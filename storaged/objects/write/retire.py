@@ -51,7 +51,7 @@ def retirements(
     owner, due_ms = name.pack(), plane.clock.wall_ms() + plane.limits.retire_delay_ms
     for part in parts:
         entry = Retirement(part.data_id, owner, due_ms, origin)
-        for disk in disks_holding(plane, bucket, name, part):
+        for disk in sorted(disks_holding(plane, bucket, name, part)):
             yield disk, entry
 
 
