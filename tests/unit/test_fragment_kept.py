@@ -544,16 +544,28 @@ async def test_a_sync_apart_waits_for_what_the_loop_is_appending(
     await store.close()
 
 
-async def test_a_sync_apart_of_nothing_does_not_wait_for_a_store_that_is_closed(tmp_path: Path) -> None:
+async def test_a_sync_apart_of_nothing_does_not_wait_for_a_store_that_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = HeldFiles()
     store = await opened(tmp_path, files)
     made = small()
     keep(store, made)
     await store.close()
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    await asyncio.to_thread(store.sync_apart)
-    assert loop.time() - began < 0.5
+    waits: list[float] = []
+    wait = threading.Event.wait
+
+    def noted(event: threading.Event, timeout: float = GUARD_S) -> bool:
+        waits.append(timeout)
+        return wait(event, timeout)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Event, "wait", noted)
+        store.sync_apart()  # in this thread, where nothing else waits meanwhile
+        assert not waits
+        store._writer.drain()  # as when something was pending until just now
+    assert waits
+    assert not any(waits)
     assert durable(files, made)
 
 
