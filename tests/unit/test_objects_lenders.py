@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from storaged.errors import BucketNotEmpty, NoSuchBucket, NoSuchKey, OutcomeUnknown, ServiceUnavailable, SlowDown
-from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name, system_name
 from storaged.meta.ports import Reading, Row
 from storaged.objects.api import BodyChecks, CompletedPart, CopySource, NewMeta, Principal, PutResult, Renaming
 from storaged.objects.code.lending import find_borrower
@@ -21,6 +21,7 @@ from storaged.objects.configuration.kinds import ENABLED, VERSIONING, Versioning
 from storaged.objects.records import DELETED, LENDING, BucketRecord, PartEntry, sharing_of
 from storaged.objects.service import ObjectService
 from storaged.objects.system import lenders
+from storaged.objects.system.bucket_records import PREFIX
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.emptying import Left, left_in
 from storaged.objects.system.keyends import destroy_ended_keys
@@ -314,6 +315,55 @@ async def test_the_key_of_a_lender_stays_until_it_has_ended(made: Made, monkeypa
     for disk in made.world.disks.disks.values():
         disk.garbage.clear()  # it was collected
     assert (await destroy_ended_keys(made.plane, made.buckets)).destroyed == 1
+
+
+@pytest.mark.parametrize("name_is_taken", [False, True])
+async def test_a_lender_whose_record_is_hidden_keeps_its_fence_and_its_key(made: Made, name_is_taken: bool) -> None:
+    """By one replica of the system partition that lies and one that lags, while the third one is away. An attempt
+    before had found the bucket empty, and noted that with its key."""
+    await made.plane.keys.end_bucket_key(made.source.id, "source", bytes(16), made.source.shard_numbers)
+    await made.copy(made.source, b"a", made.other, b"b")
+    await made.delete(made.source, b"a")
+    await made.delete_bucket(made.source)
+    if name_is_taken:
+        await made.bucket("source")
+    values, hidden = made.world.ring.values, system_name(PREFIX + lenders.lender_name(made.source.id))
+    record = values.pop(hidden)
+    await destroy_ended_keys(made.plane, made.buckets)
+    values[hidden] = record
+    lender = await made.lender()
+    assert lender is not None
+    assert made.world.ring.fences[made.source.id] == (lender.nonce, False)
+    assert made.source.id in made.world.keys.newest
+    assert await destroy_ended_keys(made.plane, made.buckets) == (0, 0, 0, ""), "and nobody is told that it waits"
+
+
+async def test_the_key_of_a_bucket_stays_that_was_nearly_a_lender(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record of the lender went, since its bucket was not deleted."""
+    await made.copy(made.source, b"a", made.other, b"b")
+    await made.delete(made.source, b"a")
+    step = made.buckets._step
+
+    async def refused(record: BucketRecord, after: BucketRecord, **how: bytes) -> BucketRecord | None:
+        if after.state == DELETED:
+            raise ServiceUnavailable("No majority.")
+        return await step(record, after, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made.buckets, "_step", refused)
+        with pytest.raises(ServiceUnavailable):
+            await made.buckets.delete(made.source)
+    made.world.ring.replica_away = True  # so the next attempt finds that it can't become a lender now
+    [deleting] = [one for one in await made.buckets.every_bucket() if one.name == "source"]
+    await made.buckets.resume(deleting)
+    made.world.ring.replica_away = False
+    await made.tend()
+    assert await made.lender() is None
+    source = await made.buckets.renewed("source")
+    await destroy_ended_keys(made.plane, made.buckets)
+    assert source.id in made.world.keys.newest
+    await put(made.objects, source, DATA, key=b"more")
+    assert await made.read(source, b"more") == DATA
 
 
 @pytest.mark.parametrize("when", ["begin", "step"])

@@ -277,15 +277,15 @@ class BucketService:
         return signed
 
     async def is_deleted(self, name: str, bucket_id: bytes, nonce: bytes) -> bool:
-        """Whether authentic records prove that this bucket was deleted by the attempt of this nonce, and that it lends
-        nothing. A missing record proves nothing. The record of a lender with a lower nonce was written late: it waits
-        for the final fence, which the caller of this sets. Raises DataDamaged for a record that is not authentic,
-        ServiceUnavailable.
+        """Whether authentic records prove that this bucket, or the lender of this ``name``, was deleted by the attempt
+        of this nonce, and that it lends nothing. A missing record proves nothing. The record of a lender with a lower
+        nonce was written late: it waits for the final fence, which the caller of this sets. Raises DataDamaged for a
+        record that is not authentic, ServiceUnavailable.
         """
+        if name == lender_name(bucket_id):
+            return await self._lenders.is_over(bucket_id, nonce)
         if not await self._records.is_deleted(name, bucket_id, nonce):
             return False
-        if name == lender_name(bucket_id):
-            return True
         lender = await self._lenders.find(bucket_id)
         return lender is None or lender.nonce < nonce
 

@@ -14,6 +14,8 @@ Theory of operation
     Fragments on a disk that was away when their objects were deleted are on no list: they are orphans, which a sweep
     finds much later. The key does not wait for that, and without the key they can't be read.
 
+    The key of a bucket that became a lender (``lenders``) ends with that. Until then nobody is told that it waits.
+
     Nothing depends on the time of this: a key that stays longer does no harm, and data that is collected later can't be
     read any more. Every step is idempotent, and any gateway may take it. Each check takes a bounded number of keys, the
     oldest ends first.
@@ -30,6 +32,7 @@ from storaged.errors import StoragedError
 from storaged.meta.names import RegisterName
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import EndedKey
+from storaged.objects.records import LENDING
 from storaged.objects.system.buckets import BucketService
 
 AT_ONCE_MAX: Final = 1000
@@ -57,6 +60,9 @@ async def destroy_ended_keys(plane: ObjectPlane, buckets: BucketService) -> Ends
         (key for key in await plane.keys.ended_bucket_keys() if key.end.since_ms <= over_ms),
         key=lambda key: key.end.since_ms,
     )
+    if ended:
+        lending = {record.id: record.nonce for record in await buckets.every_bucket() if record.state == LENDING}
+        ended = [key for key in ended if lending.get(key.bucket_id, b"") < key.end.nonce]
     if not ended:
         return Ends()
     looked = ended[:AT_ONCE_MAX]

@@ -27,6 +27,9 @@ bucket, whose loans have ended, and another bucket may take the name. Then the f
 was left. The record that was written late goes by that. Where the gateway died that was to set it, ``keyends`` does;
 there such a record counts for nothing.
 
+*The key* of the bucket stays as long as the lender. So it is noted with the key, before the name becomes Deleted, that
+it ends with the lender: then its record, ``bucket/:ID``, has to say Deleted, and an absent record proves nothing.
+
 *No new loans.* A lender gets no borrower any more, so it ends when those that it has have gone. Nothing is left then
 that a request could still change, and no round has to be made.
 """
@@ -86,7 +89,9 @@ class LenderService:
         return await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce, lends=True)
 
     async def begin(self, bucket: BucketRecord) -> BucketRecord:
-        """Writes the record of the lender, before the bucket is Deleted. Raises DataDamaged, ServiceUnavailable."""
+        """Writes the record of the lender, and notes it with the bucket's key, before the bucket is Deleted. Raises
+        DataDamaged, ServiceUnavailable.
+        """
         name = system_name(PREFIX + lender_name(bucket.id))
         lender = msgspec.structs.replace(
             bucket,
@@ -107,7 +112,23 @@ class LenderService:
             return self._records.change(name, value, lender)
 
         await self._plane.registers.change(name, update)
+        await self._note(lender)
         return lender
+
+    async def _note(self, lender: BucketRecord) -> None:
+        """The key ends with the lender. An attempt before may have noted that it ends with the bucket: then a record of
+        the lender that replicas hide would have it destroyed, and the fence made final.
+        """
+        await self._plane.keys.end_bucket_key(lender.id, lender.name, lender.nonce, lender.shard_numbers)
+
+    async def is_over(self, bucket_id: bytes, nonce: bytes) -> bool:
+        """Whether authentic records prove that a bucket was deleted, and that the lender with this nonce, which it
+        became or nearly became, has ended. Raises DataDamaged, ServiceUnavailable.
+        """
+        last = await self._records.last(lender_name(bucket_id))
+        if last is None or (last[1].state, last[1].nonce) != (DELETED, nonce):
+            return False
+        return await self._records.is_deleted(last[1].formerly, bucket_id, nonce)
 
     def _before(self, name: RegisterName, value: Value | None) -> BucketRecord | None:
         """The record, also of a lender that has ended. Raises DataDamaged."""
@@ -197,7 +218,7 @@ class LenderService:
 
     async def _end(self, lender: BucketRecord) -> bool:
         plane = self._plane
-        await plane.keys.end_bucket_key(lender.id, lender.name, lender.nonce, lender.shard_numbers)
+        await self._note(lender)
         if await self._records.step(lender, msgspec.structs.replace(lender, state=DELETED)) is None:
             return False
         await plane.fences.fence(lender.id, lender.shard_numbers, lender.nonce, final=True)
