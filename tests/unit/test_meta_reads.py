@@ -175,6 +175,30 @@ async def test_partitions_that_have_moved_equally_often_are_read_in_one_message(
     assert {epoch for _, epoch in sent} == {1, epoch_of(2, 1)}
 
 
+async def test_reads_of_a_fenced_bucket_go_straight_to_what_says_so(world: World) -> None:
+    """A replica does not answer for a row alone there. So it is not asked for that again and again."""
+    slot, other = slot_of(name_of(1)), slot_of(name_of(1)._replace(scope=b"t" * 16))
+    await world.write(slot, other)
+
+    async def methods_of(name: RegisterName, value: Value) -> list[str]:
+        world.messages.clear()
+        tried: asyncio.Future[Reading | None] = asyncio.get_running_loop().create_future()
+        world.client.try_read(name, False, tried.set_result)
+        assert (await tried or await world.client.read(name)).value == value
+        return [method for _, method, _ in world.messages]
+
+    quick, fenced = ["meta.reads"] * 2, ["meta.read"] * 3
+    assert await methods_of(slot.name, slot.value) == quick
+    for lends in (False, True):
+        await world.client.fence(SCOPE, range(16), b"nonce", lends=lends)
+        found = [await methods_of(slot.name, slot.value) for _ in range(3)]
+        assert found[1:] == [fenced, fenced]
+        assert await methods_of(other.name, other.value) == quick
+    await world.client.unfence(SCOPE, range(16), b"nonce")
+    assert await methods_of(slot.name, slot.value) == fenced
+    assert await methods_of(slot.name, slot.value) == quick
+
+
 async def test_what_was_never_written_is_read_in_one_round_trip(world: World) -> None:
     assert (await world.client.read(name_of(1), want_payload=True)) == (None, None)
     assert [method for _, method, _ in world.messages] == ["meta.reads"] * 2

@@ -3,6 +3,10 @@
 A read asks the disks of one quorum: one for the row, the others for the hash of theirs (``RowRead``). When they agree
 the value is settled, and the read has cost one round trip and no task. When one is slow, away, or does not agree, all
 replicas are asked (``ReadShell``), and a value that differs is settled first. ``consensus.reader`` decides both.
+
+A replica does not answer for a row alone where it has more to say: that the scope is fenced. So the first way leads to
+nothing there, and reads begin with the second where the last read of the scope met a fence. Data that lenders lend is
+read so for as long as there are copies of it.
 """
 
 from __future__ import annotations
@@ -45,6 +49,9 @@ from storaged.wire import Buffer
 
 LAYOUT_PAUSE_S = 0.05
 """Between two tries of a read whose replicas follow a newer layout; drawn at random up to it."""
+
+FENCED_MAX = 4_096
+"""Scopes that are known to be fenced."""
 
 IsCopy = Callable[[RegisterName, Value, bytes, Buffer], bool]
 """``is_copy(name, value, header, payload)``: see ``client.RingHooks``."""
@@ -303,22 +310,24 @@ class RegisterReader:
         self._gateway = gateway
         self._deadline_s = deadline_s
         self._settle = settle
+        self._fenced: set[bytes] = set()
+        """Scopes of which some replica said so at their last read."""
 
     async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
         """See ``ports.Registers``."""
         ring = self._ring
         ring.shared.counts["reads"] += 1
         deadline = ring.clock.monotonic() + self._deadline_s
-        reading = await self._read_rows(name, want_payload)
-        if reading is not None:
-            return reading
+        if name.scope not in self._fenced:
+            reading = await self._read_rows(name, want_payload)
+            if reading is not None:
+                return reading
         machine = Reader(ring.shared, self._gateway, name, want_payload=want_payload)
         try:
             shell = ReadShell(ring, machine, settling_nonce, deadline, self._settle)
             value = await self._unless_it_moved(shell, deadline)
         finally:
-            if machine.fenced:
-                ring.on_fenced(name.scope)
+            self._note_fenced(name.scope, machine.fenced)
             if machine.differing is not None:
                 ring.shared.counts["digest_conflicts"] += 1
                 register = name.pack().hex()
@@ -331,6 +340,15 @@ class RegisterReader:
             copy = await self._copies.fetch(machine.view, name, value.payload, asked, deadline)
             payload = None if copy is None else copy.payload
         return Reading(value, payload)
+
+    def _note_fenced(self, scope: bytes, fenced: bool) -> None:
+        if not fenced:
+            self._fenced.discard(scope)
+            return
+        if len(self._fenced) >= FENCED_MAX:
+            self._fenced.clear()
+        self._fenced.add(scope)
+        self._ring.on_fenced(scope)
 
     async def _unless_it_moved(self, shell: ReadShell, deadline: float) -> Value | None:
         """The value. Where no quorum answers the replicas may be others by now."""
@@ -363,6 +381,9 @@ class RegisterReader:
 
     def try_read(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
         """See ``ports.Registers``."""
+        if name.scope in self._fenced:
+            then(None)
+            return
         try:
             self._ask_rows(name, want_payload, partial(self._on_rows, want_payload, then))
         except StoragedError:  # ``read`` raises it
