@@ -424,6 +424,21 @@ async def test_a_replica_that_names_rows_without_end_is_not_read_without_end(
         _ = [row async for row in ring.scanner.rows_anywhere(PageQuery(Table.OBJECT, BUCKET, range(1)))]
 
 
+async def test_rows_that_two_replicas_show_are_read_however_many_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the rows of a million deleted keys whose data copies use. A row that one replica alone shows may be a lie."""
+    monkeypatch.setattr(comparing, "ROUNDS_MAX", 3)
+    monkeypatch.setattr(comparing, "SHOWN_A_ROUND", 2, raising=False)
+    ring = Ring(examine_max=2)
+    keys = [b"k%04d" % number for number in range(40)]
+    away, *others = ring.replicas_of(name_of(b"k"))
+    for key in keys:
+        for disk in others:
+            await ring.put(disk, name_of(key), value_of(1), 1)
+    await ring.put(away, name_of(b"l"), value_of(1), 1)
+    wanted = PageQuery(Table.OBJECT, BUCKET, range(1))
+    assert [row.key async for row in ring.scanner.rows_anywhere(wanted)] == [*keys, b"l"]
+
+
 async def test_a_page_cut_short_inside_a_common_prefix_does_not_show_it_again() -> None:
     ring = Ring(examine_max=1, share=lambda _entries, _feeds, _turn: 1)
     await ring.put_everywhere(name_of(b"p/2", 1))

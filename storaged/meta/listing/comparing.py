@@ -43,6 +43,10 @@ ROUND_BYTES_MAX = 2 * MIB
 
 ROUNDS_MAX = 64
 """Of ``rows_anywhere``, those in which a replica has rows: one that lies could name rows without end."""
+SHOWN_A_ROUND = 32
+"""So many rows that two replicas show are worth another round: they are there, and a bucket whose data copies use may
+have millions. An answer has fewer only where they have 96 KiB each.
+"""
 EMPTY_ROUNDS_MAX = 1_024
 """Of ``rows_anywhere``, all others. In each of them replicas look at 8,192 rows of deleted keys. A bucket that was
 emptied has millions of such rows in a shard, for a day.
@@ -212,8 +216,8 @@ async def rows_anywhere(
     """As ``RingScanner.rows_anywhere``."""
     feed = reader.feed(query, shard, b"")
     patience_s = PATIENCE_S if all(map(liveness.disk_readable, feed.disks)) else None
-    named = empty = 0
-    while named < ROUNDS_MAX and empty < EMPTY_ROUNDS_MAX:
+    named = empty = shown = 0
+    while named < ROUNDS_MAX + shown // SHOWN_A_ROUND and empty < EMPTY_ROUNDS_MAX:
         read = PieceRead(feed, feed.through, WALK_ROWS)
         [answers] = await reader.ask_all(query, [read], query.rows, hedge_s=patience_s)
         silent = set(feed.disks) - set(answers)
@@ -224,6 +228,7 @@ async def rows_anywhere(
         through, done = common_end(answers.values())
         found = reported(rows, through, done)
         named, empty = (named + 1, empty) if found else (named, empty + 1)
+        shown += sum(len(seen) >= min(2, len(feed.disks)) for seen in found.values())
         for key, seen in found.items():
             for value in dict.fromkeys(row.value for row in seen.values()):
                 if value is None:
