@@ -299,6 +299,27 @@ async def test_a_replica_that_is_away_keeps_a_bucket_from_becoming_a_lender(made
     assert await made.lender() is not None
 
 
+async def test_a_bucket_opens_again_where_no_fence_can_lend(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A majority of the storage nodes runs version 0.1.0."""
+    await made.copy(made.source, b"a", made.other, b"b")
+    await made.delete(made.source, b"a")
+    fence = made.world.ring.fence
+
+    async def old(*what: Any, lends: bool = False, **how: Any) -> bool:
+        if lends:
+            raise ServiceUnavailable("They have not done that.")
+        return await fence(*what, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made.world.ring, "fence", old)
+        with pytest.raises(SlowDown, match="Copies in other buckets"):
+            await made.buckets.delete(made.source)
+    source = await made.buckets.renewed("source")
+    await put(made.objects, source, b"more", key=b"d")
+    assert await made.read(source, b"d") == b"more"
+    assert await made.lender() is None
+
+
 async def test_the_key_of_a_lender_stays_until_it_has_ended(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when an attempt before it had found the bucket empty, and noted that with the key."""
     await made.copy(made.source, b"a", made.other, b"b")
@@ -362,6 +383,8 @@ async def test_the_key_of_a_bucket_stays_that_was_nearly_a_lender(made: Made, mo
     source = await made.buckets.renewed("source")
     await destroy_ended_keys(made.plane, made.buckets)
     assert source.id in made.world.keys.newest
+    noted = made.world.keys.ended[source.id]
+    assert (await made.buckets._records.last(noted.name)) is None, "version 0.1.0 reads nothing that says Deleted"
     await put(made.objects, source, DATA, key=b"more")
     assert await made.read(source, b"more") == DATA
 

@@ -62,7 +62,7 @@ from storaged.objects.system.emptying import (
     left_under_fence,
 )
 from storaged.objects.system.fenced import FencedBuckets
-from storaged.objects.system.lenders import LenderService, lender_name
+from storaged.objects.system.lenders import LenderService, noted_name
 from storaged.objects.system.shards import draw
 from storaged.objects.write.ended_uploads import retire_uploads
 from storaged.wire import Message
@@ -277,12 +277,12 @@ class BucketService:
         return signed
 
     async def is_deleted(self, name: str, bucket_id: bytes, nonce: bytes) -> bool:
-        """Whether authentic records prove that this bucket, or the lender of this ``name``, was deleted by the attempt
-        of this nonce, and that it lends nothing. A missing record proves nothing. The record of a lender with a lower
-        nonce was written late: it waits for the final fence, which the caller of this sets. Raises DataDamaged for a
-        record that is not authentic, ServiceUnavailable.
+        """Whether authentic records prove that this bucket was deleted by the attempt of this nonce, and that it lends
+        nothing. ``name``: the bucket's, or ``noted_name``. A missing record proves nothing. The record of a lender with
+        a lower nonce was written late: it waits for the final fence, which the caller of this sets. Raises DataDamaged
+        for a record that is not authentic, ServiceUnavailable.
         """
-        if name == lender_name(bucket_id):
+        if name == noted_name(bucket_id):
             return await self._lenders.is_over(bucket_id, nonce)
         if not await self._records.is_deleted(name, bucket_id, nonce):
             return False

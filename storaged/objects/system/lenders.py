@@ -62,6 +62,14 @@ def lender_name(bucket_id: bytes) -> str:
     return f":{bucket_id.hex()}"
 
 
+def noted_name(bucket_id: bytes) -> str:
+    """What is noted with the key of a lender in place of a bucket's name. No register has it: gateways of version 0.1.0
+    would take a record that says Deleted for the proof that the bucket was deleted. A lender's says that, too, when the
+    bucket was not.
+    """
+    return f"{lender_name(bucket_id)}:"
+
+
 class LenderService:
     """Implements ``ports.Lenders``."""
 
@@ -82,11 +90,15 @@ class LenderService:
 
     async def may_begin(self, bucket: BucketRecord) -> bool:
         """Whether the bucket can become a lender, after every replica has got its fence, and only loans to other
-        buckets were found: then all fences lend. Raises ServiceUnavailable.
+        buckets were found: then all fences lend. Not while a majority of replicas runs version 0.1.0, which knows no
+        such fence: the bucket has to open again, or it would be closed until they are restarted.
         """
         if await is_doubted(self._plane, bucket, everyone=True):
             return False
-        return await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce, lends=True)
+        try:
+            return await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce, lends=True)
+        except ServiceUnavailable:
+            return False
 
     async def begin(self, bucket: BucketRecord) -> BucketRecord:
         """Writes the record of the lender, and notes it with the bucket's key, before the bucket is Deleted. Raises
@@ -119,7 +131,7 @@ class LenderService:
         """The key ends with the lender. An attempt before may have noted that it ends with the bucket: then a record of
         the lender that replicas hide would have it destroyed, and the fence made final.
         """
-        await self._plane.keys.end_bucket_key(lender.id, lender.name, lender.nonce, lender.shard_numbers)
+        await self._plane.keys.end_bucket_key(lender.id, noted_name(lender.id), lender.nonce, lender.shard_numbers)
 
     async def is_over(self, bucket_id: bytes, nonce: bytes) -> bool:
         """Whether authentic records prove that a bucket was deleted, and that the lender with this nonce, which it
