@@ -3,7 +3,8 @@ buckets use their data (``system.lenders``).
 
 A lender's fence refuses every change that comes without its nonce, and so all requests of clients. What may change a
 lender uses these registers in place of the bare ones: the end of a loan, new places of blocks, and rounds that settle.
-They ask for the nonce only when a majority has refused because of such a fence.
+They ask for the nonce only when a majority has refused because of such a fence. A caller that has just read the
+record of the lender gives it (``of``), and saves the refusal.
 """
 
 from __future__ import annotations
@@ -25,30 +26,40 @@ from storaged.meta.ports import (
     Unasked,
     Update,
 )
-from storaged.objects.records import BucketRecord
+from storaged.objects.records import LENDING, BucketRecord
 
 T = TypeVar("T")
 
 
 class LenderRegisters:
     """Implements ``meta.ports.Registers``. ``registers``: the bare ones. ``find``: a lender by its id; None: the bucket
-    is none."""
+    is none. ``known``: a lender whose nonce is tried first."""
 
     def __init__(
-        self, registers: Callable[[], Registers], find: Callable[[bytes], Awaitable[BucketRecord | None]]
+        self,
+        registers: Callable[[], Registers],
+        find: Callable[[bytes], Awaitable[BucketRecord | None]],
+        known: BucketRecord | None = None,
     ) -> None:
         self._registers = registers
         self._find = find
+        self._known = known
+
+    def of(self, bucket: BucketRecord) -> LenderRegisters:
+        """The same, for changes of this bucket, which may be a lender."""
+        return LenderRegisters(self._registers, self._find, bucket if bucket.state == LENDING else None)
 
     async def _unless_lent(self, name: RegisterName, nonce: bytes, call: Callable[[bytes], Awaitable[T]]) -> T:
         """``await call(nonce)``; where the fence of a lender refuses it, once more with the nonce of that."""
+        known = self._known
+        first = known.nonce if not nonce and known is not None and known.id == name.scope else nonce
         try:
-            return await call(nonce)
+            return await call(first)
         except NoSuchBucket as error:
             if nonce or not error.details.get("lends"):
                 raise
             lender = await self._find(name.scope)
-            if lender is None:
+            if lender is None or lender.nonce == first:
                 raise
             return await call(lender.nonce)
 
@@ -81,9 +92,13 @@ class LenderRegisters:
         """As ``Registers.change``. ``ready`` has to be a future: one that is not done yet when the change is refused
         still waits for its promise, and is awaited once more. With another awaitable nothing is tried again.
         """
-        registers = self._registers()
+        registers, refused = self._registers(), False
 
         async def change(nonce: bytes) -> Outcome:
+            nonlocal refused
+            if refused and ready is not None and (not isinstance(ready, asyncio.Future) or ready.done()):
+                raise NoSuchBucket
+            refused = True
             return await registers.change(
                 name,
                 update,
@@ -95,12 +110,7 @@ class LenderRegisters:
                 unasked=unasked,
             )
 
-        async def change_if_ready_waits(nonce: bytes) -> Outcome:
-            if nonce and ready is not None and (not isinstance(ready, asyncio.Future) or ready.done()):
-                raise NoSuchBucket
-            return await change(nonce)
-
-        return await self._unless_lent(name, settling_nonce, change_if_ready_waits)
+        return await self._unless_lent(name, settling_nonce, change)
 
     def try_change(
         self,

@@ -236,10 +236,10 @@ class ObjectPlane:
             plan = self._copy_plans[shard] = place.copy_plan(layout, state, self.liveness.disk_writable)
         return plan
 
-    def for_lenders(self) -> ObjectPlane:
-        """This plane, for what may change the rows of lenders, too: the end of loans."""
+    def for_lenders(self, bucket: BucketRecord) -> ObjectPlane:
+        """This plane, for changes of a bucket that may be a lender: the end of loans."""
         found = copy.copy(self)
-        found.registers = self.lender_registers
+        found.registers = self.lender_registers.of(bucket)
         return found
 
     def now_agreed_ms(self) -> int | None:

@@ -52,7 +52,7 @@ from tests.sim.versions import FEW, OPERATIONS, HasHistory, Versions
 from tests.sim.virtual import VirtualLoop
 from tests.sim.workload import Verdicts
 
-BUCKET: Any = SimpleNamespace(id=SCOPE, shard_numbers=b"\x03", countries=(), plain=True)
+BUCKET: Any = SimpleNamespace(id=SCOPE, shard_numbers=b"\x03", countries=(), plain=True, state="active")
 Source = tuple[RegisterName, tuple[bytes, ...], VersionName | None, tuple[bytes, ...]]
 """(owner, data ids, version, pages) of a version that may lend, or has borrowed: as of ``Wanted``."""
 PAGES_READ_MAX = 6

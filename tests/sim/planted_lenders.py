@@ -116,8 +116,8 @@ LENDER_BUGS = (
         10,
         _PLAY,
         _LENDERS,
-        "        if row is None:\n            return None if",
-        "        if row is None or not decode_record(row.value).versions:\n            return None if",
+        "await self._remove_versions(lender, row.key)):\n                return lender\n",
+        "await self._remove_versions(lender, row.key)):\n                break\n",
         fast=True,
     ),
     Planted(
@@ -175,7 +175,7 @@ LENDER_BUGS = (
         10,
         _PLAY,
         _LOANS,
-        "    plane, mark = plane.for_lenders(), plane.entropy(MARK_BYTES)\n",
+        "    plane, mark = plane.for_lenders(bucket), plane.entropy(MARK_BYTES)\n",
         "    mark = plane.entropy(MARK_BYTES)\n",
     ),
     Planted(
@@ -184,7 +184,7 @@ LENDER_BUGS = (
         600,
         _PLAY,
         _LENDERS,
-        "        await end_uploads(self._plane.for_lenders(), lender)\n",
+        "        await end_uploads(self._plane.for_lenders(lender), lender)\n",
         "",
         tests=_UNIT,
     ),

@@ -28,7 +28,7 @@ from tests.worlds.ring_client import MemoryReplicas, clock_of, ring_client
 
 pytestmark = pytest.mark.virtual_time
 
-BUCKET: Any = SimpleNamespace(id=b"b" * 16, shard_numbers=b"\x03", countries=())
+BUCKET: Any = SimpleNamespace(id=b"b" * 16, shard_numbers=b"\x03", countries=(), state="active")
 NAME: RegisterName = object_name(BUCKET.id, BUCKET.shard_numbers, b"a")
 BORROWER = Borrower(b"i" * 16, b"b", 1)
 HOUR_US = 3_600_000_000

@@ -12,7 +12,7 @@ import pytest
 
 from storaged.errors import BucketNotEmpty, NoSuchBucket, NoSuchKey, OutcomeUnknown, ServiceUnavailable, SlowDown
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name, system_name
-from storaged.meta.ports import Reading, Row
+from storaged.meta.ports import ListPage, PageQuery, Reading, Row
 from storaged.objects.api import BodyChecks, CompletedPart, CopySource, NewMeta, Principal, PutResult, Renaming
 from storaged.objects.code.lending import find_borrower
 from storaged.objects.code.versions import decode_record
@@ -710,6 +710,66 @@ async def test_a_version_that_turns_up_in_a_lender_is_removed(made: Made) -> Non
     gone = made.value(b"0")
     assert gone is not None
     assert gone.visibility == Visibility.TOMBSTONE
+
+
+async def test_a_look_at_a_lender_reads_a_row_and_removes_all_versions(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lender may have a million rows that lend, and each gateway looks at it every hour."""
+    late: dict[bytes, Value] = {}
+    for key in (b"0", b"1", b"2"):
+        await put(made.objects, made.source, DATA, key=key)
+        value = made.value(key)
+        assert value is not None
+        late[key] = value
+        await made.delete(made.source, key)
+    for number in range(5):
+        await made.copy(made.source, b"a", made.other, b"%d" % number)
+    await made.delete(made.source, b"a")
+    await made.delete_bucket(made.source)
+    for key, value in late.items():
+        made.world.ring.values[made.name(key)] = msgspec.structs.replace(value, sequence=9)
+    limits, list_page = [], made.plane.scanner.list_page
+
+    async def noted(wanted: PageQuery) -> ListPage:
+        if wanted.table == Table.OBJECT and wanted.scope == made.source.id:
+            limits.append(wanted.limit)
+        return await list_page(wanted)
+
+    monkeypatch.setattr(made.plane.scanner, "list_page", noted)
+    await made.tend()
+    assert limits == [1] * 4
+    gone = [made.value(key) for key in late]
+    assert all(value is not None and value.visibility == Visibility.TOMBSTONE for value in gone)
+    assert await made.lender() is not None
+    assert await made.read(made.other, b"0") == DATA
+
+
+async def test_a_loan_of_a_known_lender_ends_without_a_look_for_its_nonce(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await made.copy(made.source, b"a", made.other, b"b")
+    await made.copy(made.source, b"a", made.other, b"c")
+    await made.delete(made.source, b"a")
+    await made.delete_bucket(made.source)
+    lender, looks, find = await made.lender(), list[bytes](), made.plane.lenders.find
+    assert lender is not None
+    ids = [one.id for loan in sharing_of(decode_record(made.value(b"a"))).loans for one in loan.borrowers]
+
+    async def noted(bucket_id: bytes) -> BucketRecord | None:
+        looks.append(bucket_id)
+        return await find(bucket_id)
+
+    monkeypatch.setattr(made.plane.lenders, "find", noted)
+    for key, value in ((b"b", made.value(b"b", made.other)), (b"c", made.value(b"c", made.other))):
+        assert value is not None
+        made.world.ring.values[made.name(key, made.other)] = Value(9, b"o" * 16, Visibility.TOMBSTONE, b"")
+    await end_loan(made.plane, lender, made.name(b"a"), ids[0])
+    assert made.borrowers(b"a") == [b"c"]
+    assert not looks
+    await end_loan(made.plane, msgspec.structs.replace(lender, nonce=b"old"), made.name(b"a"), ids[1])
+    assert not await made.parts_of(b"a"), "with the nonce that the lender has now"
+    assert set(looks) == {made.source.id}
 
 
 async def test_loans_to_a_bucket_that_was_deleted_for_good_end(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

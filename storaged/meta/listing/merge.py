@@ -176,6 +176,19 @@ class RingScanner:
         return await alike(self._reader, self._liveness, query, shards)
 
 
+async def any_row(scanner: Scanner, wanted: PageQuery) -> Row | None:
+    """The first row, or None. A page may be empty and not the last: the scan of very many tombstones continues in the
+    next one. Raises as ``list_page``.
+    """
+    start: bytes | None = wanted.after
+    while start is not None:
+        page = await scanner.list_page(wanted._replace(after=start, limit=1))
+        if page.rows:
+            return page.rows[0]
+        start = page.next_after
+    return None
+
+
 async def every_row(scanner: Scanner, wanted: PageQuery) -> AsyncIterator[Row]:
     """The rows of ``Scanner.list_page``, page by page: nothing is held open between rows. Raises as
     ``list_page``.

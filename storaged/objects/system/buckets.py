@@ -41,8 +41,9 @@ from storaged.errors import (
     TooManyBuckets,
 )
 from storaged.ids import BUCKET_ID_BYTES
+from storaged.meta.listing.merge import any_row
 from storaged.meta.names import Change, RegisterName, Table, Value, system_name
-from storaged.meta.ports import PageQuery, Row
+from storaged.meta.ports import PageQuery
 from storaged.objects.api import ConfigurationChange, Principal
 from storaged.objects.cache.ttl import TtlCache
 from storaged.objects.configuration.document import NOTHING, Configuration, Kind
@@ -295,8 +296,9 @@ class BucketService:
         is away; then nothing of the bucket has changed. Its open uploads end with it.
         """
         listed: Left | None = None
+        hidden = PageQuery(Table.OBJECT, bucket.id, bucket.shard_numbers, hidden=True)
         for _ in range(EMPTYING_ROUNDS_MAX):
-            row = await self._any_object(bucket)
+            row = await any_row(self._plane.scanner, hidden)
             left = Left.NOTHING
             if row is not None:
                 left = Left.OBJECTS if has_versions(row) else await end_remains(self._plane, bucket)
@@ -391,18 +393,6 @@ class BucketService:
         ):  # there may be an object: the bucket would stay closed until the disk is back
             return Left.OBJECTS
         return left
-
-    async def _any_object(self, bucket: BucketRecord) -> Row | None:
-        """A page may be empty and not the last: the scan of very many tombstones continues in the next page."""
-        start: bytes | None = b""
-        while start is not None:
-            page = await self._plane.scanner.list_page(
-                PageQuery(Table.OBJECT, bucket.id, bucket.shard_numbers, after=start, limit=1, hidden=True)
-            )
-            if page.rows:
-                return page.rows[0]
-            start = page.next_after
-        return None
 
     async def set_owner(self, bucket: BucketRecord, owner: str) -> None:
         """Transfers a bucket to another user id. Its objects keep their owner. Raises NoSuchBucket."""

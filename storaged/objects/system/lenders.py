@@ -40,7 +40,7 @@ import msgspec
 import structlog
 
 from storaged.errors import NoSuchBucket, ServiceUnavailable, StoragedError
-from storaged.meta.listing.merge import every_row
+from storaged.meta.listing.merge import any_row
 from storaged.meta.names import Change, RegisterName, Table, Value, object_name, system_name
 from storaged.meta.ports import PageQuery, Row
 from storaged.objects.bucket_keys import BucketKeys
@@ -169,20 +169,16 @@ class LenderService:
                 return lender  # the deletion goes on
             await self._records.step(lender, msgspec.structs.replace(lender, state=DELETED))
             return None
-        if not await self._records.is_deleted(lender.formerly, lender.id, lender.nonce):
-            return lender
         if await self._has_ended(lender):
             await self._records.step(lender, msgspec.structs.replace(lender, state=DELETED))
             return None
         # A disk that has come since may have a plain fence, if another one lied about it.
         await self._plane.fences.fence(lender.id, lender.shard_numbers, lender.nonce, lends=True)
-        await end_uploads(self._plane.for_lenders(), lender)
-        row = await self._any_row(lender)
-        if row is None:
-            return None if await self._end(lender) else lender
-        if decode_record(row.value).versions:
-            await self._remove_versions(lender, row.key)
-        return lender
+        await end_uploads(self._plane.for_lenders(lender), lender)
+        while (row := await self._any_row(lender)) is not None:
+            if not (decode_record(row.value).versions and await self._remove_versions(lender, row.key)):
+                return lender
+        return None if await self._end(lender) else lender
 
     async def _has_ended(self, lender: BucketRecord) -> bool:
         """Whether the bucket's fence is final: any key tells. Raises ServiceUnavailable."""
@@ -201,22 +197,13 @@ class LenderService:
             return  # housekeeping does it again
 
     async def _any_row(self, lender: BucketRecord) -> Row | None:
-        wanted = PageQuery(
-            Table.OBJECT,
-            lender.id,
-            lender.shard_numbers,
-            limit=1,
-            hidden=True,
-            settling_nonce=lender.nonce,
-            after_fence=True,
-        )
-        async for row in every_row(self._plane.scanner, wanted):
-            return row
-        return None
+        scope, shards, nonce = lender.id, lender.shard_numbers, lender.nonce
+        wanted = PageQuery(Table.OBJECT, scope, shards, hidden=True, settling_nonce=nonce, after_fence=True)
+        return await any_row(self._plane.scanner, wanted)
 
-    async def _remove_versions(self, lender: BucketRecord, key: bytes) -> None:
-        """Of a request that every majority has refused. Raises ServiceUnavailable."""
-        plane, name = self._plane.for_lenders(), object_name(lender.id, lender.shard_numbers, key)
+    async def _remove_versions(self, lender: BucketRecord, key: bytes) -> bool:
+        """Of a request that every majority has refused. Whether there were some. Raises ServiceUnavailable."""
+        plane, name = self._plane.for_lenders(lender), object_name(lender.id, lender.shard_numbers, key)
 
         def edit(draft: Draft, _ordinal: int) -> bool:
             entries = list(draft.inline)
@@ -227,6 +214,7 @@ class LenderService:
         _, gone = await change_versions(plane, BucketKeys(plane, lender), name, edit)
         let_go(plane, lender, name, gone)
         log.info("a version of a deleted bucket is removed: its request was refused", bucket=lender.formerly)
+        return bool(gone.versions)
 
     async def _end(self, lender: BucketRecord) -> bool:
         plane = self._plane

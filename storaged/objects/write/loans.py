@@ -221,7 +221,7 @@ async def end_loan(plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName
     """Removes a borrower from its loan, if no version of its key has the data any more. ``bucket``: of the owner, which
     may be a lender. Raises StoragedError: then the loan stays until the next look at it.
     """
-    plane, mark = plane.for_lenders(), plane.entropy(MARK_BYTES)
+    plane, mark = plane.for_lenders(bucket), plane.entropy(MARK_BYTES)
     borrower = await _mark(plane, bucket, owner, borrower_id, mark)
     if borrower is None:
         return
