@@ -89,9 +89,12 @@ class BucketRecords:
         """
         register = system_name(PREFIX + name)
         value = (await self._plane.registers.read(register)).value
-        if value is None or not value.body:
-            return None
-        return value.sequence, self.verified(register, value, record_in(value.body))
+        record = self.last_in(register, value)
+        return None if value is None or record is None else (value.sequence, record)
+
+    def last_in(self, name: RegisterName, value: Value | None) -> BucketRecord | None:
+        """As ``decode``, also of a bucket that was deleted. Raises DataDamaged."""
+        return None if value is None or not value.body else self.verified(name, value, record_in(value.body))
 
     async def is_deleted(self, name: str, bucket_id: bytes, nonce: bytes) -> bool:
         """Whether an authentic record proves that this bucket was deleted by the attempt of this nonce: its own record,

@@ -41,14 +41,14 @@ import structlog
 
 from storaged.errors import NoSuchBucket, ServiceUnavailable, StoragedError
 from storaged.meta.listing.merge import any_row
-from storaged.meta.names import Change, RegisterName, Table, Value, object_name, system_name
+from storaged.meta.names import Change, Table, Value, object_name, system_name
 from storaged.meta.ports import PageQuery, Row
 from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.history import Draft
 from storaged.objects.code.versions import decode_record
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import ACTIVE, DELETED, DELETING, LENDING, BucketRecord
-from storaged.objects.system.bucket_records import BARE, PREFIX, BucketRecords, record_in, sequence_in
+from storaged.objects.system.bucket_records import BARE, PREFIX, BucketRecords, sequence_in
 from storaged.objects.system.emptying import is_doubted
 from storaged.objects.write.ended_uploads import end_uploads
 from storaged.objects.write.loans import let_go
@@ -116,7 +116,7 @@ class LenderService:
         )
 
         def update(value: Value | None) -> Change | None:
-            before = self._before(name, value)
+            before = self._records.last_in(name, value)
             if before is not None and before.nonce > bucket.nonce:
                 raise ServiceUnavailable("Another request has deleted this bucket, or goes on with it.")
             if before is not None and (before.nonce, before.state) == (bucket.nonce, LENDING):
@@ -141,10 +141,6 @@ class LenderService:
         if last is None or (last[1].state, last[1].nonce) != (DELETED, nonce):
             return False
         return await self._records.is_deleted(last[1].formerly, bucket_id, nonce)
-
-    def _before(self, name: RegisterName, value: Value | None) -> BucketRecord | None:
-        """The record, also of a lender that has ended. Raises DataDamaged."""
-        return None if value is None or not value.body else self._records.verified(name, value, record_in(value.body))
 
     async def drop(self, bucket_id: bytes, nonce: bytes) -> None:
         """Removes the record of a lender that an attempt before that of ``nonce`` has left. Raises DataDamaged,
