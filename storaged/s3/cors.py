@@ -47,10 +47,24 @@ def matching(rules: Sequence[CorsRule], origin: str, method: str, headers: Seque
         if (
             method in rule.methods
             and any(_like(wanted, origin) for wanted in rule.origins)
-            and all(any(_like(wanted.lower(), name) for wanted in rule.headers) for name in headers)
+            and (not headers or _allow(rule.headers, headers))
         ):
             return rule
     return None
+
+
+def _allow(allowed: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether all names of headers are allowed. A rule may have two thousand patterns: each is split once."""
+    lower = frozenset(text.lower() for text in allowed)
+    patterns = [text.partition("*") for text in lower if "*" in text]
+    return all(
+        name in lower
+        or any(
+            name.startswith(before) and name.endswith(after) and len(name) >= len(before) + len(after)
+            for before, _, after in patterns
+        )
+        for name in names
+    )
 
 
 def _like(wanted: str, text: str) -> bool:
@@ -79,7 +93,8 @@ def _allowed(rule: CorsRule, origin: str) -> Headers:
 
 async def preflight(front: Front, request: Request) -> Reply:
     """A browser asks whether a page of another origin may send a request. It is not signed; the answer says no more
-    about the bucket than its rules. Raises BadRequest, NoSuchBucket, AccessForbidden."""
+    about the bucket than its rules. Raises BadRequest, also for more headers than a request may have, NoSuchBucket,
+    AccessForbidden."""
     headers = request.headers
     if "origin" not in headers or _ASKED_METHOD not in headers:
         raise BadRequest("Insufficient information. Origin request header needed.")
@@ -88,11 +103,14 @@ async def preflight(front: Front, request: Request) -> Reply:
         raise InvalidBucketName(BucketName=request.bucket)
     if method not in METHODS:
         raise BadRequest(f"Invalid Access-Control-Request-Method: {method[:100]}")
+    asked = [name.strip().lower() for name in headers.get(_ASKED_HEADERS, "").split(",") if name.strip()]
+    if len(asked) > front.endpoint.limits.headers_max:
+        # each would be compared with each pattern of a rule, for seconds
+        raise BadRequest(f"A request has at most {front.endpoint.limits.headers_max} headers.")
     found = front.buckets.configuration_of(await front.buckets.get(request.bucket)).get(CORS)
     kind = "OBJECT" if request.key else "BUCKET"
     if found is None:
         raise AccessForbidden(Method=method, ResourceType=kind)
-    asked = [name.strip().lower() for name in headers.get(_ASKED_HEADERS, "").split(",") if name.strip()]
     rule = matching(found.rules, headers["origin"], method, asked)
     if rule is None:
         raise AccessForbidden(

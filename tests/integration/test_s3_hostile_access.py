@@ -212,6 +212,27 @@ async def test_headers_of_pages_split_no_answer(world: World) -> None:
             assert b"\rSet-Cookie" not in answer
 
 
+async def test_a_page_asks_for_no_more_headers_than_a_request_may_have(world: World) -> None:
+    """Each name is compared with each of a rule's patterns, of which there may be two thousand."""
+    rule = {"AllowedOrigins": ["*"], "AllowedMethods": ["GET"], "AllowedHeaders": ["x-amz-*", "*-Match", "range"]}
+
+    def run(world: World) -> None:
+        owner, _, _ = clients(world)
+        owner.create_bucket(Bucket="bucket")
+        owner.put_bucket_cors(Bucket="bucket", CORSConfiguration={"CORSRules": [rule]})
+
+    async def ask(names: str) -> bytes:
+        head = f"OPTIONS /bucket/k HTTP/1.1\r\nHost: x\r\nConnection: close\r\nOrigin: {rule['AllowedOrigins'][0]}\r\n"
+        head += f"Access-Control-Request-Method: GET\r\nAccess-Control-Request-Headers: {names}\r\n\r\n"
+        return (await world.raw(head.encode())).split()[1]
+
+    await in_thread(run, world)
+    assert await ask("Range, If-Match, x-amz-date") == b"200"
+    assert await ask("Range, If-Matches") == b"403"
+    assert await ask(",".join(f"x-amz-{number}" for number in range(128))) == b"200"
+    assert await ask(",".join(f"x-amz-{number}" for number in range(129))) == b"400"
+
+
 async def test_a_policy_about_tags_holds_when_they_change_between_the_decision_and_the_change(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
