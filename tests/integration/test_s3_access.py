@@ -122,6 +122,39 @@ async def test_a_copy_needs_the_right_to_read_its_source_and_the_tags_that_it_ke
     await in_thread(run, world)
 
 
+async def test_a_copy_puts_tags_on_its_key_only_for_who_may_put_them_there(world: World) -> None:
+    """Else who may only write objects gives them tags that others' rights depend on, by copying an object that has
+    them from a bucket of its own."""
+
+    def run(world: World) -> None:
+        owner, other, _ = clients(world)
+        owner.create_bucket(Bucket="bucket")
+        other.create_bucket(Bucket="others")
+        owner.put_public_access_block(Bucket="bucket", PublicAccessBlockConfiguration=PUBLIC)
+        other.put_object(Bucket="others", Key="tagged", Body=b"data", Tagging="release=yes")
+        other.put_object(Bucket="others", Key="plain", Body=b"data")
+        source = {"Bucket": "others", "Key": "tagged"}
+        where = {"Bucket": "bucket", "Key": "k"}
+        owner.put_bucket_policy(Bucket="bucket", Policy=policy(allow("s3:PutObject")))
+        assert refused(other.put_object, Body=b"data", Tagging="release=yes", **where) == DENIED
+        assert refused(other.copy_object, CopySource=source, **where) == DENIED
+        other.copy_object(CopySource=source, TaggingDirective="REPLACE", **where)
+        other.copy_object(CopySource=source | {"Key": "plain"}, **where)
+        assert owner.get_object_tagging(**where)["TagSet"] == []
+        # a condition on tags of the request is about those that the copy gets
+        given = {"Condition": {"StringEquals": {"s3:RequestObjectTag/release": "no"}}}
+        owner.put_bucket_policy(
+            Bucket="bucket", Policy=policy(allow("s3:PutObject"), allow("s3:PutObjectTagging", **given))
+        )
+        assert refused(other.copy_object, CopySource=source, **where) == DENIED
+        assert refused(other.copy_object, CopySource=source, Tagging="release=no", **where) == DENIED
+        other.put_object_tagging(**source, Tagging={"TagSet": [{"Key": "release", "Value": "no"}]})
+        other.copy_object(CopySource=source, **where)
+        assert owner.get_object_tagging(**where)["TagSet"] == [{"Key": "release", "Value": "no"}]
+
+    await in_thread(run, world)
+
+
 async def test_new_buckets_block_what_is_public_until_their_owner_opens_them(world: World) -> None:
     def run(world: World) -> None:
         owner, _, nobody = clients(world)

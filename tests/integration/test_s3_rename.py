@@ -177,12 +177,14 @@ async def test_a_stranger_who_may_list_can_send_a_request_again(world: World) ->
     await run(work, world)
 
 
-async def test_tags_move_only_for_who_may_read_them(world: World) -> None:
-    """Else who may read the tags of the new key learns those of the old one."""
+async def test_tags_move_only_for_who_may_read_and_put_them(world: World) -> None:
+    """Else who may read the tags of the new key learns those of the old one, or gives the new key tags that others'
+    rights depend on."""
     allow = {"Effect": "Allow", "Principal": {"AWS": "*"}}
     statements = [
         {**allow, "Action": [*NEEDED], "Resource": "arn:aws:s3:::bucket/*"},
         {**allow, "Action": "s3:GetObjectTagging", "Resource": ["arn:aws:s3:::bucket/n*"]},
+        {**allow, "Action": "s3:PutObjectTagging", "Resource": ["arn:aws:s3:::bucket/next"]},
     ]
     policy = json.dumps({"Version": "2012-10-17", "Statement": statements})
 
@@ -197,8 +199,10 @@ async def test_tags_move_only_for_who_may_read_them(world: World) -> None:
         owner.delete_object_tagging(Bucket="bucket", Key="old")
         other.rename_object(RenameSource="old", **how)
         owner.put_object_tagging(Bucket="bucket", Key="new", Tagging={"TagSet": [{"Key": "t", "Value": "1"}]})
+        assert refused(other.rename_object, Bucket="bucket", Key="other", RenameSource="new") == DENIED
         other.rename_object(Bucket="bucket", Key="next", RenameSource="new")
         assert keys(owner) == ["next"]
+        assert owner.get_object_tagging(Bucket="bucket", Key="next")["TagSet"] == [{"Key": "t", "Value": "1"}]
         assert refused(other.rename_object, RenameSource="none", **how) == DENIED
 
     await run(work, world)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Mapping
 from functools import partial
 from typing import TypeVar
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote_to_bytes, urlencode
 
 from msgspec.structs import replace
 
@@ -19,7 +19,8 @@ from storaged.s3 import early, xml
 from storaged.s3 import encryption as enc
 from storaged.s3 import headers as h
 from storaged.s3.auth.actions import action_of
-from storaged.s3.authorization import Ask, check_expected_owner, hides_missing, may_list, permit
+from storaged.s3.auth.authorize import owns_plain
+from storaged.s3.authorization import Ask, ask_of, check_expected_owner, hides_missing, may_list, permit
 from storaged.s3.context import Front, existing_bucket
 from storaged.s3.lifecycle import stored_expiration
 from storaged.s3.locks import asked_lock
@@ -72,16 +73,23 @@ async def _read_from(front: Front, request: Request, grant: Grant, key: bytes, c
 
 
 async def with_tags(front: Front, request: Request, grant: Grant, key: bytes, version: str) -> Grant:
-    """The grant for a copy or a rename that keeps the tags of its source: who may not read them may not copy what has
-    some. Raises AccessDenied, SlowDown."""
+    """The grant for a copy or a rename that keeps the tags of its source. Who may not read them may not copy what has
+    some, and who may not put them on the new key may not either: the request is judged again as one that names them.
+    Raises AccessDenied, SlowDown."""
     try:
         found = (await permit(front, request, Ask(action_of("GetObjectTagging"), grant.bucket, key, version))).found
     except (errors.AccessDenied, errors.NoSuchKey):
         found = await front.objects.look(grant.bucket, key, version) or ABSENT
         if found.tags:
             raise
+    if found is None and not owns_plain(request.who, request.bucket_record):
+        found = grant.found or await front.objects.look(grant.bucket, key, version) or ABSENT
     if found is not None and grant.found is not None:
         check_allowed(found, grant.found)
+    if found is not None and found.tags:
+        named = {"x-amz-tagging": urlencode(found.tags), "x-amz-tagging-directive": "REPLACE"}
+        ask = ask_of(request, request.operation)
+        request._grant = await permit(front, request, ask._replace(headers=request.headers | named))
     return grant if found is None else replace(grant, found=found)
 
 
