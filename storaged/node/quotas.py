@@ -16,7 +16,7 @@ from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.users import UserService
-from storaged.objects.usage import usage_after
+from storaged.objects.usage import open_uploads, usage_after
 
 
 def quotas_of(objects: ObjectService, buckets: BucketService, users: UserService, clock: Clock) -> Quotas:
@@ -25,6 +25,7 @@ def quotas_of(objects: ObjectService, buckets: BucketService, users: UserService
         buckets.configuration_of,
         users.accounts.with_quota,
         functools.partial(usage_after, objects),
+        functools.partial(open_uploads, objects),
     )
     return Quotas(sources, clock)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from storaged.errors import AccessDenied, MethodNotAllowed, NoSuchKey, NoSuchVersion, SlowDown
+from storaged.errors import AccessDenied, MethodNotAllowed, NoSuchKey, NoSuchVersion, S3Error, SlowDown
 from storaged.objects.api import (
     AMEND,
     DELETE,
@@ -149,18 +149,31 @@ class GrantedObjects:
         if self._quotas is not None and self._quotas.limits(bucket):
             await self._quotas.admit(bucket, size, objects)
 
-    def _add(self, bucket: BucketRecord, result: PutResult) -> None:
-        """Counts a write that was admitted before its size was known."""
+    def _add(self, bucket: BucketRecord, result: PutResult, admitted: int = 0) -> None:
+        """Counts a write that was admitted before its size was known; ``admitted``: the size that it was counted
+        with."""
         if self._quotas is not None and self._quotas.limits(bucket):
-            self._quotas.add(bucket, result.size)
+            self._quotas.add(bucket, result.size - admitted)
 
     async def copy(self, source_grant: Grant, source: CopySource, grant: Grant, key: bytes, **named: Any) -> PutResult:
         _bucket(source_grant, source.key, READ)
-        bucket = _bucket(grant, key, WRITE)
-        await self._admit(bucket, None)
-        result = await self._objects.copy(_allowed(source_grant, source), bucket, key, **_judging(grant, named))
-        self._add(bucket, result)
+        bucket, size = _bucket(grant, key, WRITE), None
+        source = _allowed(source_grant, source)
+        if self._quotas is not None and self._quotas.limits(bucket):
+            size = await self._size_of(source)
+        await self._admit(bucket, size)
+        result = await self._objects.copy(source, bucket, key, **_judging(grant, named))
+        self._add(bucket, result, size or 0)
         return result
+
+    async def _size_of(self, source: CopySource) -> int | None:
+        """Of a source that is about to be copied: copies that move no data end so soon that many at once would all find
+        room. None: the copy itself says what is wrong with it."""
+        named: dict[str, Any] = {"version_id": source.version_id, "customer_key": source.customer_key}
+        try:
+            return (await self._objects.head(source.bucket, source.key, **named)).size
+        except S3Error:
+            return None
 
     async def rename(self, source_grant: Grant, removal: Grant, grant: Grant, asked: Renaming) -> PutResult:
         """``removal``: the grant to delete the object of the old key. A quota is not asked: nothing is added."""

@@ -12,12 +12,12 @@ adds what it has admitted itself since. The slack is this:
 * An overwrite counts as one more object until the next walk. Before a write is refused for what was only added since
   the walk, the bucket is walked again, if that takes less than ``SOON_S``; a larger one refuses until its next walk.
 * What was deleted gives room after the next walk, which a refusal asks for in the same way.
-* A write whose size is not known before it ends, a copy for example, counts its bytes when it has ended. Writes under
-  way when a walk begins are not counted until the next one.
+* A write whose size is not known before it ends, a browser's form for example, counts its bytes when it has ended.
+  Writes under way when a walk begins are not counted until the next one.
 * After the start of a process a bucket takes writes until it was walked once, and so does one that can't be listed.
 
-Sizes are those that clients see, of all versions. Parts of open uploads count while they are admitted, and are
-forgotten at the next walk until they are completed.
+Sizes are those that clients see, of all versions. An open upload counts as an object, with the parts that it has: else
+uploads that are never completed, or all at once, would exceed any quota.
 """
 
 from __future__ import annotations
@@ -74,12 +74,13 @@ class _Counted:
 
 class Sources(NamedTuple):
     """What quotas are read from. ``accounts``: canonical ids and limits of the accounts that have one. ``usage``: of a
-    piece of a bucket, after a mark."""
+    piece of a bucket, after a mark. ``uploads``: how many are open in a bucket, and the bytes of their parts."""
 
     buckets: Callable[[], Awaitable[list[BucketRecord]]]
     configuration: Callable[[BucketRecord], Configuration]
     accounts: Callable[[], AsyncIterator[tuple[str, Limit]]]
     usage: Callable[[BucketRecord, str], Awaitable[Usage]]
+    uploads: Callable[[BucketRecord], Awaitable[tuple[int, int]]]
 
 
 class Quotas:
@@ -154,9 +155,9 @@ class Quotas:
             bucket.walks += 1
             began_s = self._clock.monotonic()
             before = (bucket.more_objects, bucket.more_bytes)
-            objects = size = 0
             after: str | None = ""
             try:
+                objects, size = await self._sources.uploads(bucket.record)
                 while after is not None:
                     piece = await self._sources.usage(bucket.record, after)
                     objects, size, after = objects + piece.versions, size + piece.size_bytes, piece.next_after

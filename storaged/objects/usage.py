@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from storaged.errors import InvalidArgument
+from storaged.errors import InvalidArgument, NoSuchUpload
 from storaged.objects.api import Objects
 from storaged.objects.records import BucketRecord
 
@@ -49,3 +49,21 @@ async def usage_after(objects: Objects, bucket: BucketRecord, after: str) -> Usa
                 total += version.size
         start, version_id = page.next_after, page.next_version
     return Usage(current, versions, total, None if start is None else _mark(start, version_id))
+
+
+async def open_uploads(objects: Objects, bucket: BucketRecord) -> tuple[int, int]:
+    """The number of the uploads that are open, and the bytes of all their parts. Raises as a listing."""
+    count = total = 0
+    following: tuple[bytes, str] | None = b"", ""
+    while following is not None:
+        uploads, _, following = await objects.list_uploads(bucket, after_key=following[0], after_upload=following[1])
+        for upload in uploads:
+            count += 1
+            after: int | None = 0
+            while after is not None:
+                try:
+                    _, parts, after = await objects.list_parts(bucket, upload.key, upload.upload_id, after=after)
+                except NoSuchUpload:
+                    break  # it has ended meanwhile
+                total += sum(part.size for part in parts)
+    return count, total

@@ -32,7 +32,9 @@ class Cluster:
         self.found: dict[bytes, Usage] = {}
         self.walks = 0
         self.fails = False
-        self.quotas = Quotas(Sources(self._buckets, self._configuration, self._accounts, self._usage), self.clock)
+        self.uploads: dict[bytes, tuple[int, int]] = {}
+        sources = Sources(self._buckets, self._configuration, self._accounts, self._usage, self._uploads)
+        self.quotas = Quotas(sources, self.clock)
 
     async def _buckets(self) -> list[BucketRecord]:
         return [
@@ -51,6 +53,24 @@ class Cluster:
             raise ServiceUnavailable
         self.walks += not after
         return self.found.get(record.id, Usage())
+
+    async def _uploads(self, record: BucketRecord) -> tuple[int, int]:
+        return self.uploads.get(record.id, (0, 0))
+
+
+async def test_open_uploads_count_with_their_parts() -> None:
+    cluster = Cluster()
+    cluster.limits[ONE.id] = Quota(100, 3)
+    cluster.found[ONE.id], cluster.uploads[ONE.id] = Usage(1, 1, 10), (1, 80)
+    await cluster.quotas.look()
+    with pytest.raises(QuotaExceeded):
+        await cluster.quotas.admit(ONE, 11)
+    cluster.uploads[ONE.id] = (2, 80)
+    cluster.clock.advance(60)
+    await cluster.quotas.look()
+    with pytest.raises(QuotaExceeded):
+        await cluster.quotas.admit(ONE, 1)
+    await cluster.quotas.admit(ONE, 10, 0)
 
 
 async def test_a_bucket_without_a_quota_is_never_counted_and_takes_everything() -> None:
