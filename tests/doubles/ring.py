@@ -100,6 +100,8 @@ class MemoryRing:
                 change = unasked.change
                 after = self.values[name] = Value(1, os.urandom(16), change.visibility, change.body, change.payload)
                 return Outcome(None, after)
+        if ready is not None:
+            await asyncio.sleep(0)  # the prepare's answers: what ``ready`` waits for has begun meanwhile
         while True:
             before, rounds = self.values.get(name), self.rounds.get(name, 0)
             change = update(before)

@@ -18,7 +18,7 @@ from storaged.errors import BadDigest, OutcomeUnknown, PreconditionFailed, Servi
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import Grounds, Outcome, Unasked, Update
-from storaged.objects.api import BodyChecks, NewMeta, WriteConditions
+from storaged.objects.api import BodyChecks, CopySource, NewMeta, WriteConditions
 from storaged.objects.code.seal import PartSealer
 from storaged.objects.etags import ANY
 from storaged.objects.service import ObjectService
@@ -607,4 +607,23 @@ async def test_what_a_late_write_still_refers_to_is_not_written_over() -> None:
         await put(objects, bucket, os.urandom(4 * MIB), key=b"key%d" % number)
     assert len(kept) > 10
     assert all(b"".join(payload) == before for before, payload in kept)
+    await objects.close()
+
+
+@pytest.mark.parametrize("over", ["lender", "copy"])
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+async def test_a_commit_that_begins_again_waits_for_the_block_that_is_on_its_way(over: str, blocks: int) -> None:
+    """The record of a key that lends or borrows says that other versions are to be kept: then the commit begins anew,
+    while the last block is being sent."""
+    world = World(block_cells_max=12)
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    before, data = os.urandom(300_000), os.urandom(12 * CELL * (blocks - 1) + 300_000)
+    await put(objects, bucket, before, key=b"lender")
+    await objects.copy(CopySource(bucket, b"lender"), bucket, b"copy", owner=OWNER, meta=None)
+    for disk in world.disks.disks.values():
+        disk.slow_s = 0.05
+    await put(objects, bucket, data, key=over.encode())
+    assert objects.plane.counters.blocks_rebuilt_at_barrier == 0
+    for key in (b"lender", b"copy"):
+        assert await got(objects, bucket, key=key) == (data if key == over.encode() else before)
     await objects.close()

@@ -148,13 +148,13 @@ class PartWriter:
         return lease
 
     async def _sent(self) -> None:
-        sending, self._sending = self._sending, None
-        if sending is not None:
-            try:
-                await sending
-            except asyncio.CancelledError:
-                await cancel_all([sending])
-                raise
+        """Waits for the block that is being sent, and raises what that raises. The block goes on when the wait is
+        cancelled: a commit that begins again waits for it once more.
+        """
+        if self._sending is not None:
+            await asyncio.wait([self._sending])
+            self._sending.result()
+            self._sending = None
 
     async def _seal(
         self, plain: memoryview, area: memoryview, last: bool, on_plain: OnPlain
