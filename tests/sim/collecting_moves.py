@@ -59,6 +59,8 @@ class CollectingMoves(Collecting):
         super().__init__(seed, loop, rules)
         self.chance = random.Random(f"moves {seed}")
         self.number = self.name(b"").partition
+        self.numbers: Sequence[int] = (self.number,)
+        """Of the partitions that move."""
         self.layouts = layouts_of(self.chance, self.number)
         self.layout = self.layouts[-1]
         self.world.epochs = self.layout.epoch
@@ -112,7 +114,7 @@ class CollectingMoves(Collecting):
             lambda record: record,
             process.refresh,
         )
-        return process, PartitionMover(ports, lost_s=self.chance.choice((1.0, 20.0)), partitions=[self.number])
+        return process, PartitionMover(ports, lost_s=self.chance.choice((1.0, 20.0)), partitions=self.numbers)
 
     async def _move(self) -> None:
         """One life of a mover after the other, until it is cancelled."""

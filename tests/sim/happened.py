@@ -48,6 +48,7 @@ LEAST = {
     "renaming": Least(a_seed=20, done=(("renames", 1.8),)),
     "names": Least(a_seed=25, done=(("renames", 2), ("judged", 0.25))),
     "lenders": Least(a_seed=20, done=(("copies between buckets", 2), ("lenders ended", 0.4))),
+    "lenders moves": Least(a_seed=15, done=(("copies between buckets", 1), ("lenders ended", 0.2), ("steps", 8))),
     "collecting": Least(a_seed=14, done=(("deleted", 30),)),
     "hiding": Least(a_seed=3, done=(("deleted", 20), ("fences", 3), ("open parts", 2))),
     "collecting moves": Least(a_seed=14, done=(("deleted", 35), ("steps", 2))),

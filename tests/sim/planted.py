@@ -41,6 +41,7 @@ PLAYS = {
     "versions": "tests.sim.versions:run_versions",
     "lending": "tests.sim.lending:run_lending",
     "lenders": "tests.sim.lenders:run_lenders",
+    "lenders moves": "tests.sim.lenders_moves:run_lenders_moves",
     "renaming": "tests.sim.renaming:run_renaming",
     "names": "tests.sim.names:run_names",
     "events": "tests.sim.events:run_events",

@@ -29,6 +29,7 @@ from tests.sim.hostile import run_hostile
 from tests.sim.inventories import run_inventories
 from tests.sim.layouts import run_layouts
 from tests.sim.lenders import run_lenders
+from tests.sim.lenders_moves import run_lenders_moves
 from tests.sim.lending import run_lending
 from tests.sim.lifecycle import run_lifecycle
 from tests.sim.listing import run_listing
@@ -162,6 +163,7 @@ def test_partitions_that_lost_a_majority_go_on_with_all_that_is_left() -> None:
         run_inventories,
         run_lending,
         run_lenders,
+        run_lenders_moves,
         run_renaming,
         run_names,
     ],
