@@ -6,7 +6,7 @@ https://docs.aws.amazon.com/AmazonS3/latest/userguide/LogFormat.html
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 from urllib.parse import quote, quote_from_bytes
@@ -15,7 +15,7 @@ from storaged.objects.api import Principal
 from storaged.objects.configuration.logging import DELIVERY_TIME, EVENT_TIME, BucketLogging
 from storaged.objects.identity import account_of
 from storaged.objects.records import BucketRecord
-from storaged.s3.request import BatchKey, RequestDone
+from storaged.s3.request import RequestDone
 
 _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _QUOTED_SAFE: Final = " !#$%&'()*+,-./:;<=>?@[]^_`{|}~"
@@ -60,35 +60,38 @@ def operation_of(name: str, method: str) -> str:
 def lines_of(done: RequestDone, bucket: BucketRecord, began_ms: int, spoken: Spoken) -> Iterator[str]:
     """The line of a request to a bucket, with its end, and one for each key that it deletes beside its own: the keys of
     DeleteObjects, and the old one of RenameObject. ``began_ms``: when the request came."""
-    yield _line(done, bucket, began_ms, spoken, None)
-    for one in done.request.batch or ():
-        yield _line(done, bucket, began_ms, spoken, one)
+    request, reply = done.request, done.reply
+    line = _line_of(done, bucket, began_ms, spoken)
+    operation, sent = operation_of(request.operation, request.method), str(done.bytes_out or "-")
+    yield line(operation, request.key, reply.status, reply.code, sent, _version(done))
+    for one in request.batch or ():
+        yield line("BATCH.DELETE.OBJECT", one.key, one.status, one.code, "-", one.version)
 
 
-def _line(done: RequestDone, bucket: BucketRecord, began_ms: int, spoken: Spoken, of: BatchKey | None) -> str:
-    """``of``: the deleted key that the line is about; None: it is about the request."""
-    request, reply, headers = done.request, done.reply, done.request.headers
+def _line_of(
+    done: RequestDone, bucket: BucketRecord, began_ms: int, spoken: Spoken
+) -> Callable[[str, bytes, int, str, str, str], str]:
+    """Makes a line of its operation, key, status, error code, sent bytes and version id. What the lines of a request
+    have in common is made once: there may be a thousand, and headers are long."""
+    request, headers = done.request, done.request.headers
     signed = bool(request.who.access_key)
     by_header = "authorization" in headers
-    fields = (
+    first = (
         bucket.owner,
         bucket.name,
         _moment(began_ms),
         request.remote or "-",
         _requester(request.who),
         request.id,
-        operation_of(request.operation, request.method) if of is None else "BATCH.DELETE.OBJECT",
-        quote_from_bytes(request.key if of is None else of.key) or "-",
-        _quoted(f"{request.method} {done.target} HTTP/1.{1 if request.http11 else 0}"),
-        str(reply.status if of is None else of.status),
-        (reply.code if of is None else of.code) or "-",
-        str(done.bytes_out or "-") if of is None else "-",
+    )
+    middle = (
         _size(done),
         str(int(done.duration_s * 1000)),
         "-",
         _quoted(headers.get("referer", "-")),
         _quoted(headers.get("user-agent", "-")),
-        quote(_version(done) if of is None else of.version) or "-",
+    )
+    last = (
         spoken.host_id or "-",
         "SigV4" if signed else "-",
         spoken.cipher or "-",
@@ -98,7 +101,14 @@ def _line(done: RequestDone, bucket: BucketRecord, began_ms: int, spoken: Spoken
         "-",
         "-",
     )
-    return " ".join(fields) + "\n"
+    asked = _quoted(f"{request.method} {done.target} HTTP/1.{1 if request.http11 else 0}")
+    before, between, after = " ".join(first), " ".join(middle), " ".join(last)
+
+    def line(operation: str, key: bytes, status: int, code: str, sent: str, version: str) -> str:
+        named, its_version = quote_from_bytes(key) or "-", quote(version) or "-"
+        return f"{before} {operation} {named} {asked} {status} {code or '-'} {sent} {between} {its_version} {after}\n"
+
+    return line
 
 
 def _version(done: RequestDone) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -17,8 +18,12 @@ from botocore import UNSIGNED  # type: ignore[import-untyped]
 
 from storaged.errors import MalformedXML, ServiceUnavailable
 from storaged.objects.identity import account_of
+from storaged.objects.records import BucketRecord
 from storaged.s3.context import AccessLogSettings
+from storaged.s3.log_lines import Spoken, lines_of
 from storaged.s3.ops.bucket_logging import parse
+from storaged.s3.reply import Reply
+from storaged.s3.request import BatchKey, Request, RequestDone
 from tests.integration.s3_front import ACCESS_ALT, SECRET_ALT, World, s3_world, signed
 from tests.integration.test_s3_access import allow, policy
 from tests.integration.test_s3_front import refused
@@ -336,3 +341,19 @@ async def test_lines_wait_for_a_target_that_is_away_and_go_where_it_refuses(worl
 def test_a_bad_logging_document_is_refused(document: str) -> None:
     with pytest.raises(MalformedXML):
         parse(document.encode())
+
+
+def test_what_the_lines_of_a_request_have_in_common_is_made_once() -> None:
+    """A thousand keys and long headers would keep all other requests waiting for a second and more."""
+    headers = {"user-agent": '"' * 10_000, "referer": '"' * 10_000}
+    batch = [BatchKey(b"k%d" % number, "", 204) for number in range(1000)]
+    request = Request(
+        "1", "POST", b"/bucket?delete", "::1", False, headers=headers, operation="DeleteObjects", batch=batch
+    )
+    bucket = BucketRecord("bucket", bytes(16), "a" * 64, 1, "active", 16, "eu")
+    began_s = time.thread_time()
+    lines = list(lines_of(RequestDone(request, Reply(), 0, 0, 0.1, True), bucket, 0, Spoken("x")))
+    assert time.thread_time() - began_s < 0.3
+    assert len(lines) == 1001
+    assert [line.split('"')[0].split()[-1] for line in lines] == ["-", *(f"k{number}" for number in range(1000))]
+    assert all(line.endswith(lines[0][-20:]) for line in lines)
