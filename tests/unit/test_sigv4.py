@@ -125,6 +125,10 @@ def test_an_empty_region_parses_and_another_service_is_refused() -> None:
             "AWS4-HMAC-SHA256 Credential=a/20130524/us-east-1/s3/aws4_request,SignedHeaders=range,Signature=00",
             errors.AuthorizationHeaderMalformed,
         ),
+        (
+            "AWS4-HMAC-SHA256 Credential=a/20130524/us-east-1/s3/aws4_request,SignedHeaders=host;a;A,Signature=00",
+            errors.AuthorizationHeaderMalformed,
+        ),
     ],
 )
 def test_malformed_authorizations_are_refused_precisely(text: str, error: type[errors.S3Error]) -> None:
@@ -207,6 +211,7 @@ def test_content_sha256_must_be_there_and_be_one_of_the_known_forms() -> None:
         ({"X-Amz-Expires": "604801"}, errors.AccessDenied),
         ({"X-Amz-Expires": "-1"}, errors.AccessDenied),
         ({"X-Amz-SignedHeaders": "range"}, errors.AuthorizationQueryParametersError),
+        ({"X-Amz-SignedHeaders": "host;range;host"}, errors.AuthorizationQueryParametersError),
         ({"X-Amz-Signature": ""}, errors.AuthorizationQueryParametersError),
     ],
 )

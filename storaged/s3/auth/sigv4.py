@@ -140,14 +140,17 @@ def _claimed_before_signature(text: str) -> _Claimed:
 
 def _claimed(components: Mapping[str, str]) -> _Claimed:
     access_key, date, region, service = _credential(components["Credential"], AuthorizationHeaderMalformed)
-    return (
-        access_key,
-        date,
-        region,
-        service,
-        _scope(date, region, service),
-        tuple(components["SignedHeaders"].lower().split(";")),
-    )
+    signed = _signed_headers(components["SignedHeaders"], AuthorizationHeaderMalformed)
+    return access_key, date, region, service, _scope(date, region, service), signed
+
+
+def _signed_headers(text: str, malformed: type[S3Error]) -> tuple[str, ...]:
+    """Each name once: a head with the same name thousands of times would be signed, and shown in the error, as a
+    hundred million bytes."""
+    signed = tuple(text.lower().split(";"))
+    if len(set(signed)) != len(signed):
+        raise malformed("SignedHeaders names a header twice.")
+    return signed
 
 
 def _scope(date: str, region: str, service: str) -> str:
@@ -203,7 +206,7 @@ def claim_from_query(query: Mapping[str, str]) -> Claim:
         raise AccessDenied(f"X-Amz-Expires must be between 0 and a week (in seconds), that is {EXPIRES_S_MAX}")
     if not query["X-Amz-SignedHeaders"].isascii():
         raise AuthorizationQueryParametersError("X-Amz-SignedHeaders should be names of headers")
-    signed = tuple(query["X-Amz-SignedHeaders"].lower().split(";"))
+    signed = _signed_headers(query["X-Amz-SignedHeaders"], AuthorizationQueryParametersError)
     if "host" not in signed:
         raise AuthorizationQueryParametersError("The Host header must be signed.")
     scope = _scope(date, region, service)
