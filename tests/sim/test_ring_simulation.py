@@ -221,7 +221,44 @@ def test_a_mutant_changes_the_code_of_its_function_alone() -> None:
     assert changed_functions(outside) is None
 
 
-@pytest.mark.timeout(0)
+PLAYER = """
+import sys
+from tests.sim.playing import main
+for line in sys.stdin:
+    print("end", main(line.split()), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def players() -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that differ in the order of their sets. All tests use the same ones: to start one takes as long as to
+    play a seed.
+    """
+    command, pipe, started = [sys.executable, "-c", PLAYER], subprocess.PIPE, list[subprocess.Popen[str]]()
+    for hash_seed in ("0", "4711"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        started.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True, bufsize=1)
+        )
+    yield started
+    for player in started:
+        player.communicate()
+    assert [player.returncode for player in started] == [0] * len(started)
+
+
+def digests(player: subprocess.Popen[str], play: str, seeds: int) -> list[str]:
+    assert player.stdin is not None
+    assert player.stdout is not None
+    player.stdin.write(f"--play {play} --seeds {seeds} --first 5 --trace\n")
+    printed = list[str]()
+    for line in player.stdout:
+        if line.startswith("end "):
+            assert line == "end 0\n", printed
+            return [line for line in printed if line.startswith("seed ")]
+        printed.append(line)
+    raise AssertionError(f"the process has ended: {printed}")
+
+
 @pytest.mark.parametrize(
     "play",
     [
@@ -239,18 +276,12 @@ def test_a_mutant_changes_the_code_of_its_function_alone() -> None:
         "names",
     ],
 )
-def test_a_seed_plays_the_same_in_every_process(play: str) -> None:
+def test_a_seed_plays_the_same_in_every_process(play: str, players: list[subprocess.Popen[str]]) -> None:
     """Also of plays with an object plane: it seals records with nonces, and has sets of disks."""
-    seeds, outputs = 4 if play == "ring" else 2, []
-    for hash_seed in ("0", "4711"):
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        command = [sys.executable, "-m", "tests.sim", "--play", play, "--seeds", str(seeds), "--first", "5", "--trace"]
-        played = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=True
-        )
-        outputs.append([line for line in played.stdout.splitlines() if line.startswith("seed ")])
-    assert len(outputs[0]) == seeds
-    assert outputs[0] == outputs[1]
+    seeds = 4 if play == "ring" else 2
+    one, other = (digests(player, play, seeds) for player in players)
+    assert len(one) == seeds
+    assert one == other
 
 
 @pytest.mark.parametrize("fault", FAULTS)
