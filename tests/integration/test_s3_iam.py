@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -16,7 +17,10 @@ import boto3  # type: ignore[import-untyped]
 import msgspec
 import pytest
 import pytest_asyncio
+from botocore.auth import SigV4Auth  # type: ignore[import-untyped]
+from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
 from botocore.config import Config  # type: ignore[import-untyped]
+from botocore.credentials import Credentials  # type: ignore[import-untyped]
 from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
 from storaged.cluster.audit.format import parse_line
@@ -676,6 +680,41 @@ async def test_a_forged_record_of_an_account_opens_nothing(world: World) -> None
         assert client(world, "s3").list_buckets()["Buckets"] == [], "the root needs no such record"
 
     await run(refused_now, world)
+
+
+async def test_no_policy_of_a_session_is_overlooked(world: World) -> None:
+    """A session without one of its policies could do more than was asked for."""
+
+    def sent(world: World, keys: dict[str, str], **fields: str) -> int:
+        """A call as botocore does not write it."""
+        body = urllib.parse.urlencode({"Action": "AssumeRole", "Version": "2011-06-15", **fields})
+        asked = AWSRequest("POST", world.endpoint + "/", {"Content-Type": "application/x-www-form-urlencoded"}, body)
+        SigV4Auth(Credentials(keys["AccessKeyId"], keys["SecretAccessKey"]), "sts", "eu-fr-1").add_auth(asked)
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(asked.url, body.encode(), dict(asked.headers))
+            ) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def work(world: World) -> None:
+        iam, root = client(world, "iam"), client(world, "s3")
+        root.create_bucket(Bucket="bucket")
+        keys = made_user(iam, "bob")
+        iam.create_role(RoleName="r", AssumeRolePolicyDocument=trust(iam.get_user(UserName="bob")["User"]["Arn"]))
+        iam.put_role_policy(RoleName="r", PolicyName="p", PolicyDocument=document(may("s3:*")))
+        reading = iam.create_policy(PolicyName="read", PolicyDocument=document(may("s3:ListBucket")))["Policy"]["Arn"]
+        ask = {"RoleArn": iam.get_role(RoleName="r")["Role"]["Arn"], "RoleSessionName": "now"}
+        session = with_key(world, "sts", keys).assume_role(**ask, PolicyArns=[{"arn": reading}])["Credentials"]
+        s3 = client(world, "s3", session["AccessKeyId"], session["SecretAccessKey"], session["SessionToken"])
+        assert s3.list_objects_v2(Bucket="bucket")["KeyCount"] == 0
+        assert refused(s3.put_object, Bucket="bucket", Key="k") == DENIED
+        assert sent(world, keys, **ask, **{"PolicyArns.member.1.arn": reading}) == 200
+        for name in ("PolicyArns.member.2.arn", "PolicyArns.member.1.Arn", "PolicyArns.1.arn", "Tags.member.2.Key"):
+            assert sent(world, keys, **ask, **{name: reading}) == 400, name
+
+    await run(work, world)
 
 
 async def test_a_root_exchanges_its_keys_and_keeps_its_name_and_one_key_at_least(world: World) -> None:

@@ -32,13 +32,14 @@ POLICIES_CHARS_MAX: Final = 2048
 _ROLE_ARN = re.compile(r"arn:aws:iam::(\d{12}):role(/(?:[\x21-\x7e]+/)?)([\w+=,.@-]{1,64})")
 
 NOT_SUPPORTED: Final = (
-    "Tags.member.1.Key",
-    "TransitiveTagKeys.member.1",
+    "Tags.member.",
+    "TransitiveTagKeys.member.",
     "SerialNumber",
     "TokenCode",
     "SourceIdentity",
-    "ProvidedContexts.member.1.ProviderArn",
+    "ProvidedContexts.member.",
 )
+"""Parameters, or how they begin."""
 
 
 class StsCall:
@@ -59,8 +60,8 @@ class StsCall:
         self.now_ms = now_ms
         self.entropy = entropy
         self.facts = facts
-        for name in NOT_SUPPORTED:
-            if name in parameters:
+        for name in parameters.found:
+            if name.startswith(NOT_SUPPORTED):
                 raise ValidationError(f"{name.partition('.')[0]} is not supported.")
 
     def issued(self, seconds: int, account: str, **more: Any) -> tuple[StoredSession, dict[str, str]]:
@@ -169,7 +170,10 @@ def _session_policies(parameters: Parameters, user_id: str, account: StoredAccou
         text = parameters.text("Policy", chars_max=POLICIES_CHARS_MAX, chars_min=1)
         check_document(text, IDENTITY, POLICIES_CHARS_MAX, "the session")
         found.append(text)
-    for arn in parameters.members("PolicyArns", ".arn"):
+    arns = parameters.members("PolicyArns", ".arn")
+    if len(arns) != sum(name.startswith("PolicyArns.") for name in parameters.found):
+        raise ValidationError("PolicyArns is a list of PolicyArns.member.N.arn, numbered from 1.")  # none is overlooked
+    for arn in arns:
         managed = managed_text(user_id, account, arn) if account is not None else None
         if managed is None:
             raise ValidationError(f"The specified policy {arn[:200]} does not exist.")
