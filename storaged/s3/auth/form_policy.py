@@ -70,7 +70,8 @@ def parse_policy(encoded: str) -> Policy:
                 raise InvalidPolicyDocument("Invalid Policy: No size is in every content-length-range.")
         else:
             conditions.extend(_conditions(entry))
-    return Policy(int(expires.timestamp() * 1000), tuple(conditions), size_min, size_max)
+    # each once: a long Content-Type, split for each of hundreds of conditions, would keep other requests waiting
+    return Policy(int(expires.timestamp() * 1000), tuple(dict.fromkeys(conditions)), size_min, size_max)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
