@@ -177,8 +177,8 @@ def test_letters_beyond_ascii_are_not_taken_for_others() -> None:
 def test_a_condition_that_a_policy_repeats_is_checked_once() -> None:
     """A long Content-Type that is split for each of them would keep other requests waiting."""
     repeated = [["starts-with", "$Content-Type", "a" * (number % 3)] for number in range(700)]
-    found = parse_policy(with_conditions(*repeated, {"bucket": "b"}))
+    found = parse_policy(with_conditions(*repeated))
     assert len(found.conditions) == 4
-    check_policy(found, {"content-type": "aa,aab"}, "b", NOW_MS)
+    check_policy(found, {"content-type": "aa,aab"}, "bucket", NOW_MS)
     with pytest.raises(errors.AccessDenied):
-        check_policy(found, {"content-type": "aa,ab"}, "b", NOW_MS)
+        check_policy(found, {"content-type": "aa,ab"}, "bucket", NOW_MS)
