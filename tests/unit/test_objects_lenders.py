@@ -320,6 +320,21 @@ async def test_a_bucket_opens_again_where_no_fence_can_lend(made: Made, monkeypa
     assert await made.lender() is None
 
 
+async def test_a_bucket_is_not_closed_in_vain_while_a_replica_is_known_to_be_away(made: Made) -> None:
+    """Clients ask again and again. Each attempt would refuse writes meanwhile, and wait for a node that hangs."""
+    await made.copy(made.source, b"a", made.other, b"b")
+    await made.delete(made.source, b"a")
+    before = made.world.ring.values[system_name("bucket/source")]
+    disk = made.plane.layouts.partition(made.name(b"a").partition).voting[0][0]
+    made.world.disks.suspected = {disk}
+    with pytest.raises(SlowDown, match="Copies in other buckets"):
+        await made.buckets.delete(made.source)
+    assert made.world.ring.values[system_name("bucket/source")] == before
+    made.world.disks.suspected = set()
+    await made.delete_bucket(made.source)
+    assert await made.lender() is not None
+
+
 async def test_the_key_of_a_lender_stays_until_it_has_ended(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when an attempt before it had found the bucket empty, and noted that with the key."""
     await made.copy(made.source, b"a", made.other, b"b")

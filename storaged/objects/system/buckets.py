@@ -304,6 +304,8 @@ class BucketService:
                 left = Left.OBJECTS if has_versions(row) else await end_remains(self._plane, bucket)
             if left is Left.OBJECTS:
                 break
+            if left is Left.LOANS and not self._lenders.all_answer(bucket):
+                raise SlowDown(REPLICA_AWAY)
             if row is None and listed is Left.NOTHING:
                 raise SlowDown(DOUBTED)
             if left is listed is Left.LOANS:

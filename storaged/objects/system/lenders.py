@@ -41,7 +41,7 @@ import structlog
 
 from storaged.errors import NoSuchBucket, ServiceUnavailable, StoragedError
 from storaged.meta.listing.merge import any_row
-from storaged.meta.names import Change, Table, Value, object_name, system_name
+from storaged.meta.names import Change, RegisterName, Table, Value, object_name, system_name
 from storaged.meta.ports import PageQuery, Row
 from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.history import Draft
@@ -51,6 +51,7 @@ from storaged.objects.records import ACTIVE, DELETED, DELETING, LENDING, BucketR
 from storaged.objects.system.bucket_records import BARE, PREFIX, BucketRecords, sequence_in
 from storaged.objects.system.emptying import is_doubted
 from storaged.objects.write.ended_uploads import end_uploads
+from storaged.objects.write.lent_copy import replicas_answer
 from storaged.objects.write.loans import let_go
 from storaged.objects.write.versioned import change_versions
 
@@ -87,6 +88,13 @@ class LenderService:
         if found is not None and found.id == bucket_id and found.state == ACTIVE:
             return found
         return await self.find(bucket_id)
+
+    def all_answer(self, bucket: BucketRecord) -> bool:
+        """Whether every replica of the bucket answers, as far as is known. Else it can't become a lender: then it is
+        not closed for an attempt.
+        """
+        names = [RegisterName(Table.OBJECT, bucket.id, shard, b"") for shard in bucket.shard_numbers]
+        return all(replicas_answer(self._plane, name) for name in names)
 
     async def may_begin(self, bucket: BucketRecord) -> bool:
         """Whether the bucket can become a lender, after every replica has got its fence, and only loans to other
