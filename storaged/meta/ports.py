@@ -317,7 +317,7 @@ class Fences(Protocol):
     async def unfence(self, scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:
         """On the way back to Active only, also of a fence that lends; a final fence stays. True when every replica has
         lifted it. A replica that was away keeps its fence, and refuses the bucket when it returns, so this must be
-        called again until then.
+        called again until then. One that hangs is waited for shortly: the bucket is in use.
         """
 
 

@@ -35,6 +35,7 @@ from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, 
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import Ballot, Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Replica, SmallCopies
+from storaged.meta.proposer.fences import LIFT_PATIENCE_S
 from storaged.meta.proposer.queue import Turns
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.small_copies import PlainCopies
@@ -921,6 +922,24 @@ async def test_lifting_a_fence_tells_when_a_replica_that_is_away_still_has_it(ri
     ring.replicas["d2"].away = False
     assert await client.unfence(SCOPE, range(16), b"nonce")
     assert all(replica.inner._fences.of(SCOPE) is None for replica in ring.replicas.values())
+
+
+async def test_lifting_a_fence_waits_shortly_for_a_replica_that_hangs(ring: Ring) -> None:
+    """The bucket is in use, and each load of its record lifts the fence again until no replica has it."""
+    client, loop = ring.client(), asyncio.get_running_loop()
+    await client.fence(SCOPE, range(16), b"nonce")
+    slow, hung = ring.replicas["d1"], ring.replicas["d2"]
+    slow.gate = asyncio.Event()
+    hung.stuck = {"unfence"}
+    began = loop.time()
+    lifting = asyncio.create_task(client.unfence(SCOPE, range(16), b"nonce"))
+    await asyncio.sleep(2 * LIFT_PATIENCE_S)
+    assert not lifting.done(), "there is no majority yet"
+    slow.gate.set()
+    assert not await lifting
+    assert LIFT_PATIENCE_S <= loop.time() - began <= 4 * LIFT_PATIENCE_S
+    hung.stuck = set()
+    assert await client.unfence(SCOPE, range(16), b"nonce")
 
 
 async def test_a_fence_needs_a_majority_of_every_shards_replicas(ring: Ring) -> None:

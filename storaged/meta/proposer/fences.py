@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -14,6 +15,11 @@ from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import Replica
 from storaged.meta.proposer.ring import Refresher
 from storaged.meta.transport.calls import Calls
+
+LIFT_PATIENCE_S = 0.3
+"""How long the lifting of a fence waits for the last replicas after a majority. Who loads the record of a bucket that
+owes this waits so long, and a load has to do it again: a node that hangs would stop each of them for a time-out.
+"""
 
 FenceCall = Callable[[dict[int, int], str, float], Callable[[Replica], Awaitable[FenceReply]]]
 """``call(epochs, disk, timeout_s)``: the call of a replica; ``epochs`` as in ``messages.FenceSet``."""
@@ -44,14 +50,21 @@ class RingFences:
         def unfence(epochs: dict[int, int], disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[FenceReply]]:
             return lambda replica: replica.unfence(FenceLift(disk, scope, nonce, epochs), timeout_s=timeout_s)
 
-        return await self._fence_all(scope, shards, unfence, linger=True)
+        return await self._fence_all(scope, shards, unfence, linger=True, patience_s=LIFT_PATIENCE_S)
 
     async def _fence_all(
-        self, scope: bytes, shards: Sequence[int], call: FenceCall, *, linger: bool = False, lends: bool = False
+        self,
+        scope: bytes,
+        shards: Sequence[int],
+        call: FenceCall,
+        *,
+        linger: bool = False,
+        patience_s: float = math.inf,
+        lends: bool = False,
     ) -> bool:
         """A fence holds for a disk, for all rows of the scope: each disk is asked once, and every shard needs its
-        quorum. With ``linger`` the others are waited for too (those known to be away answer at once); the result says
-        whether all disks did it. ``lends``: only replies that say that the fence lends count.
+        quorum. With ``linger`` the others are waited for too, for so long (those known to be away answer at once); the
+        result says whether all disks did it. ``lends``: only replies that say that the fence lends count.
 
         All of it is for the states that this process knows. Where a disk knows a later one it begins again, unless a
         majority is enough.
@@ -67,7 +80,12 @@ class RingFences:
                     epochs[disk][name.partition] = view.epoch
             verdicts: set[int] = set()
             done = await self._calls.gather(
-                quorums, partial(_call_at, call, epochs), partial(_is_done, verdicts, lends), deadline, linger=linger
+                quorums,
+                partial(_call_at, call, epochs),
+                partial(_is_done, verdicts, lends),
+                deadline,
+                linger=linger,
+                patience_s=patience_s,
             )
             met, everywhere = met_by_all(quorums, done), len(done) == len(epochs)
             enough = met and (everywhere or not linger)

@@ -8,6 +8,7 @@ client.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
@@ -176,21 +177,25 @@ class Calls:
         deadline: float,
         *,
         linger: bool = False,
+        patience_s: float = math.inf,
     ) -> set[str]:
         """Calls every disk of the quorums once. The disks that gave good answers: until every quorum is met, or with
-        ``linger`` until all disks have answered.
+        ``linger`` until all disks have answered, though no longer than ``patience_s`` after that.
         """
         answers: Answers[T] = self.answers()
         for disk in dict.fromkeys(disk for quorum in quorums for disk in quorum.disks):
             answers.ask(disk, call(disk, self.timeout_s(deadline)))
         done: set[str] = set()
-        while linger or not met_by_all(quorums, done):
+        met = met_by_all(quorums, done)
+        while linger or not met:
             answer = await answers.next(self.remaining_s(deadline))
             if answer is None:
                 break
             disk, reply = answer
             if not isinstance(reply, StoragedError) and good(reply):
                 done.add(disk)
+                if not met and met_by_all(quorums, done):
+                    met, deadline = True, min(deadline, self.clock.monotonic() + patience_s)
         return done
 
 
