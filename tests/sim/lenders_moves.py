@@ -89,6 +89,10 @@ class LendersMoves(Lenders, CollectingMoves):
         )
 
     async def make_reader(self) -> Gateway:
+        """A gateway may have died at the end of the workload."""
+        for gateway in self.gateways:
+            if not gateway.caller.alive:
+                gateway.start()
         reader: Any = await super().make_reader()
         self.newest = None
         for number in NUMBERS:
