@@ -229,6 +229,18 @@ def test_a_hostile_pattern_delays_other_requests_for_milliseconds() -> None:
     assert time.thread_time() - began_s < 0.3
 
 
+def test_the_networks_of_a_policy_are_parsed_once() -> None:
+    """As many as a policy can have: for each request of a stranger they would take 16 ms."""
+    networks = [f"{number // 250 + 1}.{number % 250}.1.0" for number in range(1700)]
+    denied = {"Effect": "Deny", "Principal": "*", "Action": "s3:*", "Resource": "*"}
+    denied["Condition"] = {"IpAddress": {"aws:SourceIp": networks}}  # type: ignore[assignment]
+    found = parse(json.dumps({"Statement": [denied]}, separators=(",", ":")).encode())
+    began_s = time.thread_time()
+    for address, verdict in (("10.0.0.1", None), ("::ffff:1.1.1.0", False), ("3.3.1.0", False)) * 10:
+        assert found.verdict(ANONYMOUS, "s3:GetObject", "arn:aws:s3:::b/k", lambda _: (address,)) is verdict  # noqa: B023
+    assert time.thread_time() - began_s < 0.15
+
+
 @given(st.text("ab*?${}", max_size=12))
 @settings(deadline=None)
 def test_what_a_variable_stands_for_is_never_a_pattern(name: str) -> None:
