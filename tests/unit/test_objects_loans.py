@@ -16,6 +16,7 @@ from storaged.errors import AccessDenied, DataDamaged, InvalidRequest, NoSuchKey
 from storaged.maintain.moved_record import body_after
 from storaged.maintain.moves import MoveAsk
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name
+from storaged.meta.ports import Reading
 from storaged.meta.storage.row_head import LEAD_BYTES, head_of
 from storaged.objects.api import BodyChecks, CompletedPart, CopySource, NewMeta, PutResult, WriteConditions
 from storaged.objects.code.lock import COMPLIANCE
@@ -109,6 +110,22 @@ async def made() -> AsyncIterator[Made]:
     await put(made.objects, made.bucket, DATA, key=b"a")
     yield made
     await made.objects.close()
+
+
+async def test_a_look_at_loans_that_are_used_reads_each_record_once(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A walk has gateways look at all loans, and mostly nothing is to be done."""
+    await made.copy(b"a", b"b")
+    reads, read = list[bytes](), made.world.ring.read
+
+    async def noted(name: RegisterName, **how: Any) -> Reading:
+        reads.append(name.key)
+        return await read(name, **how)
+
+    monkeypatch.setattr(made.world.ring, "read", noted)
+    assert await end_unused(made.plane, made.bucket, made.name(b"a"), fresh_ms=0) == 1
+    assert sorted(reads) == [b"a", b"b"]
 
 
 async def test_a_copy_moves_no_data_and_reads_the_same(made: Made) -> None:

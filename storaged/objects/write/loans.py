@@ -343,13 +343,17 @@ async def end_unused(plane: ObjectPlane, bucket: BucketRecord, owner: RegisterNa
     Returns how many loans the record has afterwards. Raises StoragedError.
     """
     now_ms, registers = plane.clock.wall_ms(), plane.lender_registers
-    for loan in sharing_of(decode_record((await registers.read(owner)).value)).loans:
+    loans, ended = sharing_of(decode_record((await registers.read(owner)).value)).loans, False
+    for loan in loans:
         for borrower in loan.borrowers:
             if not now_ms - fresh_ms < borrower.since_ms <= now_ms + FRESH_MS and (
                 borrower.ending or not await _is_used(plane, name_of_borrower(bucket, borrower), borrower.id)
             ):
                 await end_loan(plane, bucket, owner, borrower.id)
-    return len(sharing_of(decode_record((await registers.read(owner)).value)).loans)
+                ended = True
+    if ended:
+        loans = sharing_of(decode_record((await registers.read(owner)).value)).loans
+    return len(loans)
 
 
 def let_go(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, gone: Gone) -> None:
