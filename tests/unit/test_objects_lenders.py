@@ -374,6 +374,33 @@ async def test_a_lender_whose_record_is_hidden_keeps_its_fence_and_its_key(made:
     assert await destroy_ended_keys(made.plane, made.buckets) == (0, 0, 0, ""), "and nobody is told that it waits"
 
 
+async def test_a_lender_that_is_not_noted_with_its_key_keeps_that_too(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy allows the gateway that deletes the bucket no keys. And the list of buckets is from before that."""
+    await made.plane.keys.end_bucket_key(made.source.id, "source", bytes(16), made.source.shard_numbers)
+    await made.copy(made.source, b"a", made.other, b"b")
+    await made.delete(made.source, b"a")
+    before = await made.buckets.every_bucket()
+
+    async def nothing(*_what: object) -> None:
+        pass
+
+    async def from_before() -> list[BucketRecord]:
+        return before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made.plane.keys, "end_bucket_key", nothing)
+        await made.delete_bucket(made.source)
+    with monkeypatch.context() as patch:
+        patch.setattr(made.buckets, "every_bucket", from_before)
+        await destroy_ended_keys(made.plane, made.buckets)
+    lender = await made.lender()
+    assert lender is not None
+    assert made.world.ring.fences[made.source.id] == (lender.nonce, False)
+    assert made.source.id in made.world.keys.newest
+
+
 async def test_the_key_of_a_bucket_stays_that_was_nearly_a_lender(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """The record of the lender went, since its bucket was not deleted."""
     await made.copy(made.source, b"a", made.other, b"b")
