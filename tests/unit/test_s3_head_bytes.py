@@ -4,11 +4,14 @@ it names.
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from storaged import errors
 from storaged.s3.auth import sigv4
 from storaged.s3.http.grammar import parse_head
+from storaged.s3.http.hosts import check_host
 from storaged.s3.http.limits import Limits
 from storaged.s3.request import parse_target
 
@@ -179,3 +182,14 @@ def test_only_spaces_and_tabs_around_a_value_are_not_signed() -> None:
         sigv4.canonical_headers(["x-amz-meta-a"], {"x-amz-meta-a": value}) for value in ("v", "\u00a0v\u2003")
     )
     assert plain != spaced, "else who stands between could change what is stored"
+
+
+@pytest.mark.parametrize(
+    "host", ["[" + ":" * 16_000, "[" + "1:" * 8000 + "]x", "[v" + "1" * 16_000, "a" * 16_000 + "@"]
+)
+def test_a_hostile_host_is_refused_at_once(host: str) -> None:
+    """An expression with two repetitions that match the same text takes a second for it, before any signature."""
+    began_s = time.thread_time()
+    with pytest.raises(errors.BadRequest):
+        check_host(host)
+    assert time.thread_time() - began_s < 0.2
