@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,19 @@ def test_a_signed_chunk_is_bounded_and_must_be_signed() -> None:
         ChunkedDecoder(chunk_key(VECTORS["chunked"]), ()).feed(b"140000001;chunk-signature=" + b"0" * 64 + b"\r\n")
     with pytest.raises(errors.SignatureDoesNotMatch):
         ChunkedDecoder(chunk_key(VECTORS["chunked"]), ()).feed(b"5\r\nhello\r\n")
+
+
+def test_a_hostile_trailer_is_refused_at_once() -> None:
+    """An expression with two repetitions that match the same text takes seconds for a line of 1 KiB."""
+    began_s = time.thread_time()
+    for end in (b"\x01\r\n", b"\t \t\r\r\n", b"a\tb\r\n"):
+        decoder = ChunkedDecoder(None, ("x-amz-checksum-crc32",))
+        with pytest.raises(errors.MalformedTrailerError):
+            decoder.feed(b"0\r\nx-amz-checksum-crc32:" + b" " * 900 + end)
+    assert time.thread_time() - began_s < 0.3
+
+
+def test_white_space_around_a_trailer_s_value_means_nothing() -> None:
+    decoder = ChunkedDecoder(None, ("x-amz-checksum-crc32",))
+    decoder.feed(b"0\r\nx-amz-checksum-crc32: \t AAAA==\t \r\n\r\n")
+    assert decoder.trailing_checksums() == {"CRC32": "AAAA=="}
