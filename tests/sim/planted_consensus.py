@@ -142,7 +142,7 @@ _PROPOSERS = (
     Planted(
         "create_by_less_than_a_quorum",
         "a create counts one disk too early",
-        100,
+        1000,
         path=ROUNDS,
         old="        if len(taken) < quorum.fewest or not",
         new="        if len(taken) < quorum.fewest - 1 or not",
