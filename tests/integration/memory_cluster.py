@@ -241,8 +241,10 @@ class Alive:
         return found
 
     def disk_readable(self, disk_id: str) -> bool:
-        node = next((node for node in self._cluster.nodes.values() if disk_id in node.meta), None)
-        return node is not None and node.up and disk_id not in self.disks_down
+        for node in self._cluster.nodes.values():
+            if disk_id in node.meta:
+                return node.up and disk_id not in self.disks_down
+        return False
 
     def disk_writable(self, disk_id: str) -> bool:
         return self.disk_readable(disk_id) and disk_id not in self.read_only | self.full
