@@ -212,6 +212,23 @@ async def test_headers_of_pages_split_no_answer(world: World) -> None:
             assert b"\rSet-Cookie" not in answer
 
 
+async def test_a_policy_that_asks_for_a_value_of_many_kilobytes_denies(world: World) -> None:
+    """Patterns of a policy against a User-Agent of 16 KB keep all other requests waiting."""
+
+    def run(world: World) -> None:
+        owner, _, _ = clients(world)
+        owner.create_bucket(Bucket="bucket")
+        owner.put_object(Bucket="bucket", Key="k", Body=b"data")
+        owner.put_bucket_policy(
+            Bucket="bucket", Policy=policy(deny("s3:GetObject", Condition={"StringLike": {"aws:UserAgent": "*?bad?*"}}))
+        )
+
+    await in_thread(run, world)
+    for agent, status in (("a" * 4096, b"200"), ("a bad one", b"403"), ("a" * 4097, b"403")):
+        headers = {"User-Agent": agent, "Connection": "close"}
+        assert (await world.raw(signed(world, "GET", "/bucket/k", headers=headers))).split()[1] == status, agent[:9]
+
+
 async def test_a_page_asks_for_no_more_headers_than_a_request_may_have(world: World) -> None:
     """Each name is compared with each of a rule's patterns, of which there may be two thousand."""
     rule = {"AllowedOrigins": ["*"], "AllowedMethods": ["GET"], "AllowedHeaders": ["x-amz-*", "*-Match", "range"]}

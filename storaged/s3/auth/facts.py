@@ -24,6 +24,8 @@ REQUEST_TAG: Final = "s3:requestobjecttag/"
 TAG_KEYS: Final = "s3:requestobjecttagkeys"
 PRINCIPAL_TAG: Final = "aws:principaltag/"
 NOTHING: Final[Mapping[str, str]] = {}
+CHARS_MAX: Final = 4096
+"""Of a value. A User-Agent of 16 KB would keep a policy busy for 200 ms and more, and all other requests waiting."""
 
 _Fact = Callable[["Facts"], "str | None"]
 
@@ -85,6 +87,8 @@ class Facts:
             return (self.own[name],)
         fact = _FACTS.get(name)
         value = fact(self) if fact is not None else self._header(name)
+        if value is not None and len(value) > CHARS_MAX:
+            raise AccessDenied(f"A policy asks for {name}, which has more than {CHARS_MAX} characters.")
         return None if value is None else (value,)
 
     def _existing_tag(self, name: str) -> Sequence[str] | None:
