@@ -89,7 +89,10 @@ async def with_tags(front: Front, request: Request, grant: Grant, key: bytes, ve
     if found is not None and found.tags:
         named = {"x-amz-tagging": urlencode(found.tags), "x-amz-tagging-directive": "REPLACE"}
         ask = ask_of(request, request.operation)
-        request._grant = await permit(front, request, ask._replace(headers=request.headers | named))
+        again = await permit(front, request, ask._replace(headers=request.headers | named))
+        if again.found is not None:  # both decisions are for the object that is there
+            check_allowed(again.found, request.grant.found)
+            request._grant = again
     return grant if found is None else replace(grant, found=found)
 
 
