@@ -81,6 +81,9 @@ class LendersMoves(Lenders, CollectingMoves):
         for number in NUMBERS:
             with contextlib.suppress(StoragedError):
                 await process.refresh(number)
+        if self._healed:  # a bucket that is being deleted keeps its partition from moving
+            with contextlib.suppress(StoragedError):
+                await self._housekeep(self.gateways[0])
         await super()._round(process, mover)
 
     def _ended(self, process: Process, gone: set[str]) -> bool:
