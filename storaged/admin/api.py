@@ -40,7 +40,7 @@ from storaged.admin.moves import MoveAdministration
 from storaged.admin.place import SOCKET_NAME, bind_private
 from storaged.admin.ports import Jobs, Services
 from storaged.config import split_address
-from storaged.errors import InvalidArgument, PortInUse, ServiceUnavailable, StoragedError
+from storaged.errors import InvalidArgument, NotAllowed, NotFound, PortInUse, ServiceUnavailable, StoragedError
 from storaged.objects.identity import names_of
 from storaged.observe import Metrics, exposition
 from storaged.passphrase import require_long
@@ -114,7 +114,7 @@ class AdminServer:
 
     def _on_refusal(self, peer: SocketPeer) -> None:
         if self._services.trail is not None:
-            self._services.trail.refused("admin.refused", "NOT_ALLOWED", actor=peer.actor, target=SOCKET_NAME)
+            self._services.trail.refused("admin.refused", NotAllowed.code, actor=peer.actor, target=SOCKET_NAME)
 
     async def _healthz(self, _request: web.Request) -> web.Response:
         return web.json_response({"healthy": True})
@@ -256,7 +256,11 @@ async def _refusals(
         return web.json_response(document, status=status)
     except web.HTTPException as error:
         return web.json_response(
-            {"code": "NOT_FOUND" if error.status == 404 else "REFUSED", "message": error.reason, "hint": ""},
+            {
+                "code": NotFound.code,
+                "message": f"{request.method} {request.path}: {error.reason}",
+                "hint": NotFound.hint,
+            },
             status=error.status,
         )
     except Exception:

@@ -9,6 +9,7 @@ body are made from them; the first paragraph of a class's docstring is its defau
       OperatorError  ``operator``: shown by the command line and in the log
       Condition      ``conditions``: a state of the cluster that ``storaged status`` lists as a problem
       PeerError      ``peers``: trouble between nodes
+      Refusal        ``refusals``: codes of refused calls, in logs and audit logs; never raised
 """
 
 from storaged.errors.base import (
@@ -115,6 +116,20 @@ from storaged.errors.peers import (
     PeerUnreachable,
 )
 from storaged.errors.plans import DiskNotDrained, LayoutWeak, MoveUnfinished, PlanTooLittleSpace, RecoverRefused
+from storaged.errors.refusals import (
+    BadMessage,
+    BadReply,
+    BallotRefused,
+    Internal,
+    MoveRefused,
+    NotAllowed,
+    NotAMember,
+    NotFound,
+    Refusal,
+    RoleRefused,
+    TooManyConnections,
+    UnknownMethod,
+)
 from storaged.errors.s3 import (
     AccessControlListNotSupported,
     AccessDenied,

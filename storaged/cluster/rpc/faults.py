@@ -11,23 +11,32 @@ from itertools import islice
 
 from storaged.cluster.rpc.framing import ErrorHead
 from storaged.errors import (
+    BadMessage,
+    BadReply,
+    BallotRefused,
     CertificateRefused,
     CertificateRevoked,
+    Internal,
     JurisdictionRefused,
+    MoveRefused,
+    NotAMember,
     PeerError,
     PeerRefused,
+    RoleRefused,
     StoragedError,
+    TooManyConnections,
+    UnknownMethod,
 )
 
-INTERNAL = "INTERNAL"
-UNKNOWN_METHOD = "UNKNOWN_METHOD"
-BAD_MESSAGE = "BAD_MESSAGE"
-ROLE_REFUSED = "ROLE_REFUSED"
-NOT_A_MEMBER = "NOT_A_MEMBER"
-BALLOT_REFUSED = "BALLOT_REFUSED"
-MOVE_REFUSED = "MOVE_REFUSED"
-BAD_REPLY = "BAD_REPLY"
-TOO_MANY_CONNECTIONS = "TOO_MANY_CONNECTIONS"
+INTERNAL = Internal.code
+UNKNOWN_METHOD = UnknownMethod.code
+BAD_MESSAGE = BadMessage.code
+ROLE_REFUSED = RoleRefused.code
+NOT_A_MEMBER = NotAMember.code
+BALLOT_REFUSED = BallotRefused.code
+MOVE_REFUSED = MoveRefused.code
+BAD_REPLY = BadReply.code
+TOO_MANY_CONNECTIONS = TooManyConnections.code
 
 MESSAGE_CHARS_MAX = 4096
 CODE_CHARS_MAX = 64
