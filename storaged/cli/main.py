@@ -103,12 +103,16 @@ def report(error: StoragedError, *, as_json: bool = False) -> None:
     A script that asked for JSON reads one document in every case: the answer, or ``{"error": {code, message, hint}}``.
     """
     if as_json:
-        click.echo(json.dumps({"error": {"code": error.code, "message": error.message, "hint": error.hint}}, indent=2))
+        click.echo(_error_document(error.code, error.message, error.hint))
     click.echo(f"storaged: {error.message}", err=True)
     if error.hint:
         click.echo(f"  {error.hint}", err=True)
     if error.code != "OPERATOR_ERROR":
         click.echo(f"  More: storaged explain {error.code}", err=True)
+
+
+def _error_document(code: str, message: str, hint: str) -> str:
+    return json.dumps({"error": {"code": code, "message": message, "hint": hint}}, indent=2)
 
 
 def _wants_json(arguments: Sequence[str]) -> bool:
@@ -126,6 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
+        if as_json:
+            click.echo(_error_document(OperatorError.code, error.format_message(), OperatorError.hint))
         error.show()
         sys.exit(error.exit_code)
     except click.Abort:

@@ -48,6 +48,10 @@ def test_a_script_that_asks_for_json_gets_its_error_as_json(capsys: pytest.Captu
     assert (code, json.loads(out)["error"]["code"]) == (1, "OPERATOR_ERROR")
     code, out, _ = outcome(capsys, "--dir", str(tmp_path), "user", "list")
     assert (code, out) == (1, "")
+    for arguments in (("stauts",), ("bucket", "usage"), ("status", "--bogus")):
+        code, out, shown = outcome(capsys, *arguments, "--json")
+        assert (code, json.loads(out)["error"]["code"]) == (2, "OPERATOR_ERROR")
+        assert json.loads(out)["error"]["message"] in shown
 
 
 def test_help_imports_no_plane() -> None:
