@@ -203,13 +203,19 @@ def adopt(directory: Path, file: Path) -> None:
     listed = files.load_plan(directory)
     authority = issuing.load_authority(directory)
     signed, layout = files.read_layout(authority, file)
+    try:
+        own = files.read_layout(authority, directory / files.LAYOUT_NAME)[0].payload
+    except (FileNotFoundError, OperatorError):
+        own = b""
     for path in directory.glob("nodes/*/identity/layout.signed"):
         if files.read_layout(authority, path)[1].epoch >= layout.epoch:
             files.write_private(path, encode(signed))
     files.keep_layout(authority, signed, layout)
     files.write_private(directory / files.LAYOUT_NAME, encode(signed))
     listed.signed = max(listed.signed, listed.epoch)
-    listed.epoch, listed.before = layout.epoch, 0
+    if own != signed.payload:  # where it is the folder's own, `cluster abort` can take it back
+        listed.before = 0
+    listed.epoch = layout.epoch
     listed.take_ranks(layout)
     files.save_plan(directory, listed)
     click.echo(f"layout {layout.epoch} is the last one of {directory}")

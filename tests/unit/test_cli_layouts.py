@@ -317,6 +317,20 @@ def test_a_folder_whose_layout_was_overtaken_adopts_the_one_that_was_decided(
         call("cluster", "adopt", str(authority), str(authority / "cluster.json"))
 
 
+def test_a_layout_that_is_the_folders_own_is_adopted_and_can_be_taken_back(authority: Path) -> None:
+    """An administrator who is not sure which layout was decided fetches it, and adopts it."""
+    issue(authority, "n4", "DE/fra/d", "/d")
+    call("cluster", "layout", str(authority))
+    file = authority / "fetched.signed"
+    file.write_bytes((authority / create.LAYOUT_NAME).read_bytes())
+    call("cluster", "adopt", str(authority), str(file))
+    call("cluster", "abort", str(authority))
+    assert len(history_of(authority)[-1].disks) == len(history_of(authority)[-2].disks)
+    file.write_bytes((authority / "layouts" / "layout-1.signed").read_bytes())
+    call("cluster", "adopt", str(authority), str(file))
+    assert create.load_plan(authority).before == 0, "of another layout this folder does not know what it changed"
+
+
 def test_a_layout_without_the_one_that_placed_everything_is_not_signed(authority: Path) -> None:
     issue(authority, "n4", "DE/fra/d", "/d")
     call("cluster", "layout", str(authority))
