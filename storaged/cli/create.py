@@ -212,6 +212,7 @@ def issue_node(
     ``member``: its server has a configuration already, perhaps an edited one, and a copy of the folder must not
     replace it. So ``config_text`` goes into config.issued.toml.
     """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     issuing.issue(
         authority,
         folder / "identity",

@@ -353,7 +353,7 @@ def banner(place: Path, new: bool) -> str:
 
 
 def _detach(place: Path, s3_port: int | None, admin_port: int | None, workers: int | None) -> None:
-    from storaged.cli.supervisor import control
+    from storaged.cli.supervisor import append_private, control
 
     check_place(place)  # before its log is truncated
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -361,7 +361,8 @@ def _detach(place: Path, s3_port: int | None, admin_port: int | None, workers: i
     arguments += ["--s3-port", str(s3_port)] if s3_port else []
     arguments += ["--admin-port", str(admin_port)] if admin_port else []
     arguments += ["--workers", str(workers)] if workers else []
-    with (place / "dev.log").open("wb") as log:
+    with append_private(place / "dev.log") as log:
+        log.truncate(0)
         # our own interpreter and module, no shell
         child = subprocess.Popen(  # noqa: S603
             arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

@@ -179,6 +179,7 @@ def join(text: str, directory: Path, answer_file: Path | None, as_json: bool) ->
         _finish(ticket, directory, answer_file, as_json=as_json)
         return
     tickets.check_time(ticket, int(time.time() * 1000), "this server")
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     request = directory / REQUEST_NAME
     _write(request, tickets.make_request(ticket, _pending_key(directory / "identity")), 0o644)
     if as_json:

@@ -18,7 +18,7 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from storaged.admin.place import bind_private, lock_directory, short_path
 from storaged.cli.fork_server import Forked, ForkServer
@@ -75,7 +75,7 @@ class NodeProcess:
         try:
             if log_path.exists() and log_path.stat().st_size > LOG_BYTES_MAX:
                 log_path.replace(self.directory / "log.1")
-            with log_path.open("ab") as log:
+            with append_private(log_path) as log:
                 self.process = await self._fork_server.start(
                     ["run", str(self.directory / "config.toml")], {"NOTIFY_SOCKET": "@" + name}, log.fileno()
                 )
@@ -116,6 +116,11 @@ class NodeProcess:
                 return "\n".join(log.read().decode(errors="replace").splitlines()[-count:])
         except OSError:
             return ""
+
+
+def append_private(path: Path) -> BinaryIO:
+    """Opens a file for appending that only its owner may read: logs name objects and users. Raises OSError."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "ab")
 
 
 def _give_way(pid: int) -> None:
