@@ -251,7 +251,7 @@ class BucketAdministration:
         known = await users.list_users()
         found = [who for who in known if who.access_key == named] or [who for who in known if who.display_name == named]
         if not found:
-            raise InvalidArgument(f"there is no user {named!r}")
+            raise InvalidArgument(f"there is no user {named!r}; `storaged user list` has the names")
         return found[0]
 
 

@@ -70,7 +70,7 @@ async def account_named(users: Users, named: str) -> Principal:
         for who in known:
             if named and getattr(who, attribute) == named:
                 return who
-    raise InvalidArgument(f"there is no user {named!r}")
+    raise InvalidArgument(f"there is no user {named!r}; `storaged user list` has the names")
 
 
 async def _texts(request: web.Request) -> dict[str, str]:

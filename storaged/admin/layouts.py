@@ -57,7 +57,10 @@ class LayoutAdministration:
             signed = decode(base64.b64decode(body.get("layout", ""), validate=True), SignedLayout)
             epoch = decode(signed.payload, Layout).epoch
         except (MsgspecError, binascii.Error):
-            raise InvalidArgument("the body has no signed layout") from None
+            raise InvalidArgument(
+                "this is no signed layout: apply AUTHORITY/layouts/layout-NUMBER.signed, as `storaged cluster layout`"
+                " says"
+            ) from None
         async with recorded(self._services, request, "layout.apply", f"layout:{epoch}") as found:
             done = await desk.apply(signed)
             found |= {"accepted": ",".join(done["accepted"])}

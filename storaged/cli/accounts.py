@@ -128,7 +128,7 @@ def group_join(named: str | None, account: str, name: str, user: str, as_json: b
 def group_leave(named: str | None, account: str, name: str, user: str, as_json: bool) -> None:
     """Take USER out of the group NAME."""
     answer = call(named, account, "RemoveUserFromGroup", GroupName=name, UserName=user)
-    done(f"{user} is not in the group {name}", answer, as_json)
+    done(f"{user} is no longer in the group {name}", answer, as_json)
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------

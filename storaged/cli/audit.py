@@ -75,7 +75,9 @@ def audit_verify(
 
     found = [path for file in files for path in (sorted(file.glob("audit-*.jsonl")) if file.is_dir() else [file])]
     if not found:
-        raise OperatorError(f"there is no audit log in {files[0]}")
+        inside = files[0] / "audit"
+        more = f"; the node's log is in {inside}" if inside.is_dir() else ""
+        raise OperatorError(f"there is no audit log in {files[0]} (audit-*.jsonl){more}")
     nodes = sorted({node for path in found if (node := node_of(path))})
     if len(nodes) > 1:
         raise OperatorError(f"these are logs of several nodes ({', '.join(nodes)}): verify them one by one")
@@ -166,8 +168,15 @@ def _why_not(report: AuditReport, note: str) -> str:
 @click.argument("directory", metavar="DIRECTORY", type=click.Path(path_type=Path, file_okay=False))
 @click.pass_obj
 def audit_witnessed(named: str | None, node: str, directory: Path) -> None:
-    """Save what every witness has of NODE's audit log, a file each, for: audit verify --witness DIRECTORY."""
+    """Save what every witness has of NODE's audit log in DIRECTORY, a file each. An auditor names each of them:
+    audit verify --witness FILE --witness FILE.
+    """
     answer = gateway(find_directory(named), "GET", "/v1/audit/witnessed", query={"node": node}, timeout_s=120.0)
+    reached = [witness for witness in answer["witnesses"] if witness["reachable"]]
+    if reached and not any(witness["lines"] for witness in reached):
+        raise OperatorError(
+            f"no witness that was reached has seen a log of {node!r}: `storaged status --json` has the names of nodes"
+        )
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     (directory / "authority.crt").write_text(answer["authority"])
     for witness in answer["witnesses"]:

@@ -49,6 +49,8 @@ def job_list(named: str | None, as_json: bool) -> None:
 
 def describe(settings: dict[str, Any]) -> list[str]:
     """A line for each job that can be paused. ``settings``: as in the document of status."""
+    if not settings["known"]:
+        return ["The settings are not known yet: a majority of the seed disks has them, and has not answered."]
     partitions, fragments, scrub = settings["partitions"], settings["fragments"], settings["scrub"]
     collection = settings["collection"]
     paces = {

@@ -16,13 +16,13 @@ import click
 
 from storaged.cli.client import RemoteRefusal, gateway
 from storaged.cli.target import find_directory
-from storaged.errors import Condition, OperatorError, PeerError, S3Error, StoragedError, every_error
+from storaged.errors import Condition, OperatorError, PeerError, Refusal, S3Error, StoragedError, every_error
 from storaged.units import format_size
 
 POLL_S = 0.5
 QUIET_POLLS = 6
 LOOK_POLLS_MAX = 120
-FAMILIES = (S3Error, OperatorError, Condition, PeerError, RemoteRefusal)
+FAMILIES = (S3Error, OperatorError, Condition, PeerError, Refusal, RemoteRefusal)
 """Base classes: no answer carries their code."""
 
 
@@ -42,6 +42,7 @@ def explained(code: str) -> str:
         raise OperatorError(
             f"there is no code {code!r}"
             + (f"; did you mean {' or '.join(known[name][0].code for name in near)}?" if near else "")
+            + ("" if near else "; `storaged explain` lists them")
         )
     paragraphs = []
     for kind in dict.fromkeys(kinds):
@@ -120,6 +121,8 @@ def scrub(named: str | None, wait: bool, as_json: bool) -> None:
     answer: dict[str, Any] = {"nodes": nodes}
     if not as_json:
         click.echo(f"scrub of {', '.join(nodes)} started")
+        if not wait and gateway(place, "GET", "/v1/jobs")["settings"]["scrub"]["paused"]:
+            click.echo("  It is paused, and goes on after: storaged job resume scrub")
     if wait:
         polls, said = 0, set[str]()
 

@@ -288,10 +288,12 @@ def print_where(found: dict[str, Any], url: str) -> None:
 def _may_fail(found: dict[str, Any]) -> str:
     if found["disks_may_fail"] < 0:
         return "it cannot be read now: too few of its fragments are there"
-    domain = found["domain"]
-    lost = (
-        f"{found['disks_may_fail']} more disks or {found['racks_may_fail']} more {domain}s may fail before data is lost"
-    )
+    disks, racks = _more(found["disks_may_fail"], "disk"), _more(found["racks_may_fail"], found["domain"])
+    lost = f"{disks} or {racks} may fail before data is lost"
     if found["replicas_may_fail"] < 0:
         return f"{lost}; its record has no majority of its replicas now, so it can be neither read nor written"
-    return f"{lost}; {found['replicas_may_fail']} more replicas of its record before it cannot be read or written"
+    return f"{lost}; {_more(found['replicas_may_fail'], 'replica')} of its record before it cannot be read or written"
+
+
+def _more(number: int, what: str) -> str:
+    return f"{number} more {what}{'' if number == 1 else 's'}"

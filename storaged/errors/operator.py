@@ -33,7 +33,10 @@ class PortInUse(OperatorError):
     """The address is already in use by another program."""
 
     code = "PORT_IN_USE"
-    hint = "Choose another port (for the trial cluster: `storaged dev --s3-port N`), or stop the program that has it."
+    hint = (
+        "Choose another port, or stop the program that has it. A trial cluster gets others by `storaged dev --s3-port N"
+        " --admin-port N`, a server in `listen` of [s3], [rpc] and [admin] in its config.toml."
+    )
 
 
 class NotRunning(OperatorError):
@@ -177,7 +180,7 @@ class DiskWaits(OperatorError):
 
     code = "DISK_WAITS"
     hint = (
-        "Start the storage nodes that are named, or mend the network to them. If no layout in force gives the disk to"
+        "Start the storage nodes that are named, or repair the network to them. If no layout in force gives the disk to"
         " its node, bring one into force that does: `storaged cluster layout` where the authority's keys are, then"
         " `storaged cluster apply` on a gateway. The disk joins by itself, and needs no restart."
     )
@@ -392,9 +395,9 @@ class LayoutUnsafe(OperatorError):
     code = "LAYOUT_UNSAFE"
     hint = (
         "Nothing was changed. First add a server or a disk in another rack (`storaged node invite`, `storaged disk"
-        " add`), let disks that drain take part again (`storaged node undrain`), or name the operator of each rack"
-        " (`storaged rack operator`) where that is what the text asks for. `storaged cluster plan` shows what"
-        " a layout survives."
+        " add`; before the first start: `storaged cluster issue`), let disks that drain take part again (`storaged node"
+        " undrain`), or name the operator of each rack (`storaged rack operator`) where that is what the text asks for."
+        " `storaged cluster plan` shows what a layout survives."
     )
 
 
@@ -421,8 +424,8 @@ class LayoutNotAccepted(OperatorError):
     code = "LAYOUT_NOT_ACCEPTED"
     status = 503
     hint = (
-        "Start the storage nodes that are named, or mend the network to them, and run the same `storaged cluster apply`"
-        " again, on any gateway. No other layout can be applied before this one."
+        "Start the storage nodes that are named, or repair the network to them, and run the same `storaged cluster"
+        " apply` again, on any gateway. No other layout can be applied before this one."
     )
 
 

@@ -115,7 +115,7 @@ class InvalidArgument(S3Error):
     it, and nothing was changed.
     """
 
-    hint = "Read the message of the answer: it names the value, and what is allowed."
+    hint = "The message names the value. Nothing was changed."
 
 
 class InvalidBucketAclWithObjectOwnership(S3Error):

@@ -372,7 +372,7 @@ class UserService:
             await self._changed(access_key)
             return Principal("", name_or_access_key, access_key)
         if found is None or (claim is not None and found.name != name_or_access_key):  # a claim grants nothing
-            raise InvalidArgument(f"There is no user {name_or_access_key}.")
+            raise InvalidArgument(f"there is no user {name_or_access_key!r}; `storaged user list` has the names")
         whole = await self._is_whole(found)
         if whole:
             await self._close(found)
