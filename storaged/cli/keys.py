@@ -82,11 +82,11 @@ def create(config: Path) -> None:
     found = configuration.load(config)
     if not found.gateway:
         raise ConfigInvalid(f"{config} is not a gateway's: only gateways have keys")
-    path = Path(found.keys.keyring)
+    path, protection = Path(found.keys.keyring), protection_of(found, create=True)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    material = plane.create_keyring(path, protection_of(found, create=True))
+    material = plane.create_keyring(path, protection)
     click.echo(f"keyring {material.keyring_id.hex()} is in {path}")
-    click.echo("  Next: start the gateway, then: storaged keys backup FILE")
+    click.echo(f"  Next: start the gateway, then: storaged --dir {found.node.directory} keys backup FILE")
 
 
 @keys.command("backup")
@@ -156,13 +156,14 @@ def restore(named: str | None, file: Path, config_file: Path | None, passphrase_
         raise OperatorError(
             f"{target} exists already; it was left as it is, and {file}, made by an older version, has no bucket keys"
         )
+    protection = protection_of(found, create=True) if known is None else None
     if saved.bucket_keys:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         plane.write_restored(directory, saved.material.keyring_id, map(encode, saved.bucket_keys))
         _give_to_owner(directory / RESTORED_NAME)
-    if known is None:
+    if protection is not None:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        plane.restore(file, passphrase, target, protection=protection_of(found, create=True))
+        plane.restore(file, passphrase, target, protection=protection)
         _give_to_owner(target)
     said = "is in" if known is None else "was already in"
     click.echo(

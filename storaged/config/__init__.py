@@ -19,7 +19,7 @@ Paths are relative to the folder of the file, so that a node's folder can be mov
     [log]      level, format, access, slow_ms
 """
 
-from storaged.config.read import Mistake, load, parse
+from storaged.config.read import NO_CREDENTIALS, Mistake, load, parse
 from storaged.config.sections import (
     KEEP_DAYS_MIN,
     ROLES,
@@ -41,6 +41,7 @@ from storaged.config.values import split_address
 
 __all__ = [
     "KEEP_DAYS_MIN",
+    "NO_CREDENTIALS",
     "ROLES",
     "SECTIONS",
     "AdminSection",

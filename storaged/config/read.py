@@ -16,6 +16,10 @@ from storaged.config.values import check_value, did_you_mean
 from storaged.errors import ConfigInvalid
 
 SYNTAX_ERRORS_MAX = 20
+NO_CREDENTIALS = "/run/credentials"
+"""In place of $CREDENTIALS_DIRECTORY where systemd did not start the process. The credentials of a unit lie in a
+directory below it, so none lies here.
+"""
 _REQUIRED_SECTIONS = ("node", "cluster")
 _PATHS = {
     "node": ("directory",),
@@ -216,5 +220,6 @@ def _check_together(
 
 def _absolute(text: str, base: Path) -> str:
     if text.startswith("$CREDENTIALS_DIRECTORY"):
-        text = os.environ.get("CREDENTIALS_DIRECTORY", "/run/credentials") + text.removeprefix("$CREDENTIALS_DIRECTORY")
+        place = os.environ.get("CREDENTIALS_DIRECTORY") or NO_CREDENTIALS
+        text = place + text.removeprefix("$CREDENTIALS_DIRECTORY")
     return os.path.normpath(base / Path(text).expanduser())

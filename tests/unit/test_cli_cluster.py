@@ -16,6 +16,7 @@ from storaged.cli.operate import explained
 from storaged.cluster import identity, issuing, signed_layout
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.policy import EU_LAW, Policy, policy_of
+from storaged.cluster.rpc import faults
 from storaged.errors import (
     FileExists,
     JurisdictionRefused,
@@ -24,7 +25,7 @@ from storaged.errors import (
     WrongPassphrase,
     every_error,
 )
-from storaged.keys import open_keyring
+from storaged.keys import Argon2Cost, Credential, backup, create_keyring, open_keyring
 from storaged.wire import decode, encode
 from tests.worlds.authority_folder import call, issue_three
 
@@ -130,6 +131,8 @@ def test_private_files_are_readable_by_their_owner_alone(authority: Path) -> Non
         authority / "nodes/n1/config.toml",
     ):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    for folder in (authority, authority / "nodes/n1", authority / "nodes/n1/identity"):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700, folder
 
 
 def test_a_renewed_node_keeps_its_disks(authority: Path) -> None:
@@ -411,6 +414,39 @@ def test_a_missing_credential_is_no_new_credential(tmp_path: Path) -> None:
         protection_of(config.load(gateway_config(tmp_path)))
 
 
+@pytest.mark.parametrize("directory", ["", "without"])
+def test_a_keyring_is_not_made_under_a_credential_that_systemd_does_not_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: str
+) -> None:
+    """The gateway that systemd starts could not open it. A command that has the credential makes the keyring."""
+    file = gateway_config(tmp_path)
+    file.write_text(file.read_text().replace("keys/credential", "$CREDENTIALS_DIRECTORY/keyring"))
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / directory) if directory else "")
+    restore = ("restore", str(backup_in(tmp_path)), "--config", str(file), *phrase(tmp_path))
+    for arguments in (("create", str(file)), restore):
+        with pytest.raises(OperatorError, match="CREDENTIALS_DIRECTORY"):
+            call("keys", *arguments)
+    assert sorted(path.name for path in (tmp_path / "gw").iterdir()) == ["config.toml"]
+    assert not (tmp_path / "without").exists()
+    (tmp_path / "with").mkdir()
+    (tmp_path / "with" / "keyring").write_bytes(bytes(32))
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "with"))
+    call("keys", *restore)
+    assert open_keyring(tmp_path / "gw/keys/keyring", Credential(bytes(32)))
+
+
+def phrase(tmp_path: Path) -> tuple[str, str]:
+    (tmp_path / "right").write_text("correct horse\n")
+    return "--passphrase-file", str(tmp_path / "right")
+
+
+def backup_in(tmp_path: Path) -> Path:
+    """A backup of a keyring, made elsewhere."""
+    material = create_keyring(tmp_path / "elsewhere", Credential(bytes(32)))
+    backup(material, tmp_path / "backup", "correct horse", cost=Argon2Cost(64, 1, 1))
+    return tmp_path / "backup"
+
+
 # --- errors and help
 
 
@@ -463,6 +499,17 @@ def test_an_explanation_says_more_than_its_code() -> None:
         assert len(said - set(words)) >= 2, f"{kind.code}: {explained(kind.code)}"
 
 
+def test_codes_of_refused_calls_and_of_the_guide_can_be_explained() -> None:
+    """Logs and audit logs have the former."""
+    codes = {text for name, text in vars(faults).items() if name.isupper() and name == text}
+    assert "ROLE_REFUSED" in codes
+    guide = (Path(__file__).parents[2] / "deploy" / "README.md").read_text()
+    named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)`", guide)) - {"OTEL_EXPORTER_OTLP_ENDPOINT"}
+    assert len(named) > 30
+    for code in codes | named:
+        assert explained(code)
+
+
 @pytest.mark.parametrize("code", ["DISK_FOREIGN", "DISK_ROLLED_BACK", "DISK_BLANK"])
 def test_every_explanation_of_a_lost_disk_says_to_replace_it(code: str) -> None:
     shown = explained(code)
@@ -478,5 +525,7 @@ def test_every_code_can_be_explained_and_a_misspelt_one_is_suggested(capsys: pyt
     code, _, shown = outcome(capsys, "explain", "NODE_DWN")
     assert code == 1
     assert "NODE_DOWN" in shown
+    code, _, shown = outcome(capsys, "explain", "qqqqqq")
+    assert "`storaged explain` lists them" in shown
     code, out, _ = outcome(capsys, "explain")
     assert "KEYRING_MISMATCH" in out
