@@ -47,7 +47,7 @@ from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.keyends import destroy_ended_keys
 from storaged.objects.system.shards import Drawn
 from storaged.objects.write.commit import AfterPromise
-from storaged.objects.write.loans import Wanted, end_unused, introduce, lender_of, let_go, with_loan
+from storaged.objects.write.loans import Wanted, end_unused, introduce, lender_of, retire_gone, with_loan
 from storaged.objects.write.uploads import OPEN, UploadRecord
 from storaged.wire import encode
 from tests.doubles.keys import MemorySigners
@@ -231,7 +231,7 @@ class Lenders(Lending):
 
     def _retire_removed(self, gateway: Gateway, name: RegisterName, removed: Any) -> None:
         plane, _ = self._tools(gateway)
-        let_go(plane, self._bucket(name), name, removed)
+        retire_gone(plane, self._bucket(name), name, removed)
 
     @contextlib.asynccontextmanager
     async def _noted(self, operation: Operation) -> Any:

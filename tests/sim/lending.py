@@ -41,7 +41,7 @@ from storaged.objects.records import Kept, Loan, PartEntry, Version, sharing_of
 from storaged.objects.sharing import Borrowed, Borrower
 from storaged.objects.write import versioned
 from storaged.objects.write.commit import AfterPromise, ProposedAgain
-from storaged.objects.write.loans import NotLent, Wanted, end_unused, let_go, with_loan
+from storaged.objects.write.loans import NotLent, Wanted, end_unused, retire_gone, with_loan
 from storaged.objects.write.references import parts_in
 from tests.sim.cluster import DISKS, Gateway
 from tests.sim.collecting import KEYS, SCOPE
@@ -233,7 +233,7 @@ class Lending(Versions):
 
     def _retire_removed(self, gateway: Gateway, name: RegisterName, removed: Any) -> None:
         plane, _ = self._tools(gateway)
-        let_go(plane, BUCKET, name, removed)
+        retire_gone(plane, BUCKET, name, removed)
 
     # --- copies
 

@@ -48,9 +48,8 @@ EVENT_BUGS = (
         40,
         _PLAY,
         _PUT,
-        "        if outgoing is not None:\n            await outgoing.note()\n\n"
-        "    await commit(plane, added.keys, name, added.update, sealed, after_promise=after_promise)\n",
-        "\n    await commit(plane, added.keys, name, added.update, sealed, after_promise=after_promise)\n"
+        " after_promise=added.before_accept)\n",
+        " after_promise=lambda: added.change.put_pages(write.plane.pages, write.part.name))\n"
         "    if outgoing is not None:\n        await outgoing.note()\n",
     ),
     Planted(

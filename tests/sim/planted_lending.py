@@ -241,8 +241,8 @@ LENDING_BUGS = (
         "the pages of a copy are put before its promise, so that a sweep that looked before may delete them",
         0,
         path=_COPY,
-        old="    added.tell(outgoing)\n    named",
-        new="    added.tell(outgoing)\n    await sealed.put()\n    sealed._pages = {}\n    named",
+        old="borrowed, outgoing)\n    named",
+        new="borrowed, outgoing)\n    await sealed.put()\n    sealed._pages = {}\n    named",
         tests=f"{_UNIT}::test_the_pages_of_a_copy_are_put_between_promise_and_accept",
     ),
     Planted(

@@ -33,7 +33,7 @@ from storaged.objects.pending_events import EXPIRED, Origin
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord, Lock, ObjectRecord
 from storaged.objects.write.delete import new_marker
-from storaged.objects.write.loans import let_go
+from storaged.objects.write.loans import retire_gone
 from storaged.objects.write.outbox import PENDING_MAX, Outgoing
 from storaged.objects.write.outbox import outgoing as outgoing_of
 from storaged.objects.write.versioned import Gone, change_versions
@@ -276,7 +276,7 @@ async def look_at(plane: ObjectPlane, judge: Judge, bucket: BucketRecord, key: b
             del found.noncurrent[VERSIONS_WITH_EVENTS:]
         expiry = _Expiry(plane, judge, bucket, key, found, keys, outgoing)
         removed = await expiry.carry_out()
-        let_go(plane, bucket, name, removed)
+        retire_gone(plane, bucket, name, removed)
         total.add(expiry.done)
         more = (found.more or outgoing is not None) and expiry.done.noncurrent > 0
         _note(plane, bucket, key, found.later + expiry.later)

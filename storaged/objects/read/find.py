@@ -26,10 +26,9 @@ from storaged.wire import Buffer
 
 
 class Found(Struct, frozen=True):
-    """A version that a read found. ``version_id``: as clients name it; empty in a bucket that
-    never had versioning. ``copy``: a small object's sealed bytes, when a
-    replica sent them along. ``cached``: its entry in ``ObjectPlane.opened_records``, which keeps what follows from the
-    record.
+    """A version that a read found. ``version_id``: as clients name it; empty in a bucket that never had versioning.
+    ``copy``: a small object's sealed bytes, when a replica sent them along. ``cached``: its entry in
+    ``ObjectPlane.opened_records``, which keeps what follows from the record.
     """
 
     name: RegisterName

@@ -52,7 +52,7 @@ from storaged.objects.system.bucket_records import BARE, PREFIX, BucketRecords, 
 from storaged.objects.system.emptying import is_doubted
 from storaged.objects.write.ended_uploads import end_uploads
 from storaged.objects.write.lent_copy import replicas_answer
-from storaged.objects.write.loans import let_go
+from storaged.objects.write.loans import retire_gone
 from storaged.objects.write.versioned import change_versions
 
 log = structlog.get_logger("housekeeping")
@@ -216,7 +216,7 @@ class LenderService:
             return bool(entries)
 
         _, gone = await change_versions(plane, BucketKeys(plane, lender), name, edit)
-        let_go(plane, lender, name, gone)
+        retire_gone(plane, lender, name, gone)
         log.info("a version of a deleted bucket is removed: its request was refused", bucket=lender.formerly)
         return bool(gone.versions)
 

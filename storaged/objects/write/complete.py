@@ -69,7 +69,7 @@ from storaged.objects.write.checksums import multipart_etag
 from storaged.objects.write.chosen_parts import Rows, checksums_of, chosen_parts
 from storaged.objects.write.commit import change_once
 from storaged.objects.write.complete_request import CompleteRequest, content_of, request_digest
-from storaged.objects.write.loans import let_go
+from storaged.objects.write.loans import retire_gone
 from storaged.objects.write.locks import lock_of_new
 from storaged.objects.write.outbox import Outgoing
 from storaged.objects.write.outbox import outgoing as outgoing_of
@@ -182,7 +182,7 @@ async def _complete_once(
         raise ConditionalRequestConflict(
             "The object changed while this upload was being completed. Read it, then retry or abort."
         ) from None
-    let_go(plane, bucket, name, committed.removed)
+    retire_gone(plane, bucket, name, committed.removed)
     if not bucket.plain:
         plane.notes.changed(bucket, upload.place.key, version.size, version.modified_ms, upload.meta.tags)
     try:

@@ -1,5 +1,6 @@
-"""Copies. Inside of a bucket a copy of a coded object moves no data (``lent_copy``). In all other cases the source is
-opened and sealed anew, under a key and a data id of its own: data belongs to one register.
+"""Copies. A copy of a coded object moves no data, inside of a bucket and between buckets with the same countries
+(``lent_copy``). In all other cases the source is opened and sealed anew, under a key and a data id of its own: data
+belongs to one register.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey
 from storaged.objects.records import NAMED_VERSION, NULL_VERSION, BucketRecord, Kept, SealedEncryption, Version
 from storaged.objects.write.departures import Departing, make_way
-from storaged.objects.write.loans import let_go
+from storaged.objects.write.loans import retire_gone
 from storaged.objects.write.outbox import Outgoing
 from storaged.objects.write.outbox import outgoing as outgoing_of
 from storaged.objects.write.versioned import change_versions, unlocked
@@ -61,7 +61,7 @@ async def delete(
     _, removed = await change_versions(plane, deletion.keys, name, deletion.edit, check, after_promise=note)
     if outgoing is not None:
         outgoing.committed()
-    let_go(plane, bucket, name, removed)
+    retire_gone(plane, bucket, name, removed)
     if not bucket.plain:
         plane.notes.look_soon(bucket, key, plane.clock.wall_ms())
     return deletion.result

@@ -48,7 +48,7 @@ from storaged.objects.pending_events import REMOVED, Origin
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord, sharing_of
 from storaged.objects.sharing import Arrival, Borrowed, Departure
-from storaged.objects.write.loans import FRESH_MS, MARK_BYTES, end_unused, let_go
+from storaged.objects.write.loans import FRESH_MS, MARK_BYTES, end_unused, retire_gone
 from storaged.objects.write.outbox import outgoing as outgoing_of
 from storaged.objects.write.versioned import change_versions, unlocked
 
@@ -176,7 +176,7 @@ async def _end(
     _, removed = await change_versions(plane, keys, name, edit, unlocked(plane), after_promise=note)
     if outgoing is not None and found:
         outgoing.committed()
-    let_go(plane, bucket, name, removed)
+    retire_gone(plane, bucket, name, removed)
     return found
 
 

@@ -1,9 +1,9 @@
 """Copies that move no data: the new version borrows the data of its source (``loans``).
 
-That is possible inside one bucket, and between buckets with the same countries, for a coded object, when
-the copy wants the checksums that the source has, and neither of them has SSE-C: no other record may open data under a
-customer's key. The data key is wrapped anew, for the copy's bucket, key and version; the metadata and the list field
-are sealed anew. A copy inherits the context id, under which its body opens.
+That is possible inside one bucket, and between buckets with the same countries, for a coded object, when the copy wants
+the checksums that the source has, and neither of them has SSE-C: no other record may open data under a customer's key.
+The data key is wrapped anew, for the copy's bucket, key and version; the metadata and the list field are sealed anew. A
+copy inherits the context id, under which its body opens.
 
 The copy of an object that was uploaded in parts has the same parts, and so the same ETag and the same checksums, those
 of its parts included. S3 makes one part of it, whose ETag is the MD5 of the whole: that can't be known without reading
@@ -21,6 +21,7 @@ import msgspec
 from storaged.errors import DataDamaged
 from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import NO_READ_CONDITIONS, CopySource, NewMeta, ObjectInfo, PutResult, WriteConditions
+from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.history import Draft, Entry
 from storaged.objects.code.lending import may_lend
 from storaged.objects.code.manifest import manifest_pages, seal_parts, sealed_parts_of
@@ -53,11 +54,11 @@ from storaged.objects.write.loans import (
     Wanted,
     introduce,
     lender_of,
-    let_go,
     with_loan,
 )
+from storaged.objects.write.outbox import Outgoing
 from storaged.objects.write.outbox import outgoing as outgoing_of
-from storaged.objects.write.put import AddedVersion, NewObject, Write, check_early, note_stored
+from storaged.objects.write.put import AddedVersion, NewObject, Write, check_early
 
 
 class Lendable(NamedTuple):
@@ -200,10 +201,9 @@ async def copy_lent(
     write = Write(plane, Place(bucket.id, key), bucket_key, part, NewObject(new, owner, conditions))
     borrowed, borrower = introduce(plane, lent.owner, lent.lender, name, plane.entropy(BORROWER_ID_BYTES))
     sealed = SealedPages(write, data)
-    added = _BorrowingVersion(write, lent, sealed, borrowed)
-    await check_early(plane, name, write.place, added.keys, conditions)
+    await check_early(plane, name, write.place, BucketKeys(plane, bucket), conditions)
     outgoing = await outgoing_of(plane, bucket, name, new.origin) if new.origin is not None else None
-    added.tell(outgoing)
+    added = _BorrowingVersion(write, lent, sealed, borrowed, outgoing)
     named = required_name(source.version_id) if source.version_id else None
     wanted = Wanted(lent.owner, data.data_ids, named, borrower, data.pages)
 
@@ -211,23 +211,19 @@ async def copy_lent(
         async def after_promise() -> None:
             await check()
             await sealed.put()
-            await added.change.put_pages(plane.pages, name)
-            if outgoing is not None:
-                await outgoing.note()
+            await added.before_accept()
 
         await change_once(plane, added.keys, name, added.update, after_promise)
 
     await with_loan(plane, lent.lender, wanted, commit)
-    if outgoing is not None:
-        outgoing.committed()
-    let_go(plane, bucket, name, added.change.removed)
-    note_stored(write, added.result)
-    return added.result
+    return added.conclude()
 
 
 class _BorrowingVersion(AddedVersion):
-    def __init__(self, write: Write, lent: Lendable, sealed: SealedPages, borrowed: Borrowed) -> None:
-        super().__init__(write, _maker(write, lent, sealed))
+    def __init__(
+        self, write: Write, lent: Lendable, sealed: SealedPages, borrowed: Borrowed, outgoing: Outgoing | None
+    ) -> None:
+        super().__init__(write, _maker(write, lent, sealed), outgoing)
         self._borrowed = borrowed
 
     def note_added(self, draft: Draft, added: Entry) -> None:

@@ -356,7 +356,7 @@ async def end_unused(plane: ObjectPlane, bucket: BucketRecord, owner: RegisterNa
     return len(loans)
 
 
-def let_go(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, gone: Gone) -> None:
+def retire_gone(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, gone: Gone) -> None:
     """After a committed change: retires the removed data, and ends the loans of the removed versions in the
     background."""
     retire_removed(plane, bucket, name, gone.versions)

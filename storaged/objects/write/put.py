@@ -8,8 +8,8 @@ would have to wait, it begins nothing.
 In a bucket with versioning a PUT adds a version (``AddedVersion``), in a task. A gateway may learn a moment late that a
 bucket got versioning. So a PUT never replaces a record with a history: it adds the null version to it, as where
 versioning is suspended; ``try_put`` goes on in a task for that. The same becomes of a create that did not see the
-record (``code.adding.overtake``). A key without versioning has a history, too, when it
-shares data with other keys (``loans``).
+record (``code.adding.overtake``). A key without versioning has a history, too, when it shares data with other keys
+(``loans``).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from storaged.objects.records import (
 from storaged.objects.write.blocks import INLINE_BYTES_MAX, NewPart
 from storaged.objects.write.checksums import FULL_OBJECT, digest_of
 from storaged.objects.write.commit import commit, count_put
-from storaged.objects.write.loans import let_go
+from storaged.objects.write.loans import retire_gone
 from storaged.objects.write.locks import lock_of_new
 from storaged.objects.write.outbox import Outgoing, rules_of
 from storaged.objects.write.outbox import outgoing as outgoing_of
@@ -106,19 +106,8 @@ async def put(
 
 async def _add_version(write: Write, sealed: Sealed, outgoing: Outgoing | None) -> PutResult:
     added = AddedVersion(write, partial(_new_version, write, sealed), outgoing, sealed)
-    plane, name = write.plane, write.part.name
-
-    async def after_promise() -> None:
-        await added.change.put_pages(plane.pages, name)
-        if outgoing is not None:
-            await outgoing.note()
-
-    await commit(plane, added.keys, name, added.update, sealed, after_promise=after_promise)
-    if outgoing is not None:
-        outgoing.committed()
-    let_go(plane, write.part.bucket, name, added.change.removed)
-    note_stored(write, added.result)
-    return added.result
+    await commit(write.plane, added.keys, write.part.name, added.update, sealed, after_promise=added.before_accept)
+    return added.conclude()
 
 
 def try_put(
@@ -159,9 +148,7 @@ def try_put(
     )
 
 
-def _on_outcome(
-    new: Replacement, on_done: Callable[[PutResult | Exception], None], outcome: Outcome | Exception
-) -> None:
+def _on_outcome(new: Replacement, on_done: OnDone, outcome: Outcome | Exception) -> None:
     if isinstance(outcome, HasHistory) and new.plane.background.spawn(_add_later(new, on_done)):
         return
     if isinstance(outcome, Exception):
@@ -303,8 +290,8 @@ class Replacement:
 class AddedVersion:
     """A version that becomes the newest one, when the conditions hold for the one that is there. The null version,
     where versioning is suspended, takes the place of the former null version; where there never was any, that of all.
-    ``make``: returns the version with an id, and the result of its request; it is called once, here. ``sealed``: its
-    body; None: it has none of its own.
+    ``make``: returns the version with an id, and the result of its request; it is called once, here. ``outgoing``: the
+    events of the change. ``sealed``: its body; None: it has none of its own.
     """
 
     def __init__(
@@ -323,10 +310,6 @@ class AddedVersion:
         self._entry: PartEntry | None = None
         self._lock = lock_of_new(write.plane, write.part.bucket, write.new.meta.lock)
         self.change = VersionsUpdate(self.keys.shelf, self._add, check=unlocked(write.plane))
-
-    def tell(self, outgoing: Outgoing | None) -> None:
-        """The events of the change."""
-        self._outgoing = outgoing
 
     def update(self, value: Value | None, entry: PartEntry | None = None) -> Change:
         """``entry``: of the body. Raises PreconditionFailed, DataDamaged, KeyNeeded, PageNeeded."""
@@ -351,6 +334,24 @@ class AddedVersion:
             self._outgoing.add(draft, ordinal, size=self.result.size, etag=self.result.etag, version=shown)
         self.result = msgspec.structs.replace(self.result, version_id=shown)
         return True
+
+    async def before_accept(self) -> None:
+        """To be awaited between the promise and the accept: makes durable what the changed record refers to. Raises
+        SlowDown, ServiceUnavailable.
+        """
+        write = self._write
+        await self.change.put_pages(write.plane.pages, write.part.name)
+        if self._outgoing is not None:
+            await self._outgoing.note()
+
+    def conclude(self) -> PutResult:
+        """The version is committed: has its events delivered, and retires what it replaced."""
+        write = self._write
+        if self._outgoing is not None:
+            self._outgoing.committed()
+        retire_gone(write.plane, write.part.bucket, write.part.name, self.change.removed)
+        note_stored(write, self.result)
+        return self.result
 
     def note_added(self, draft: Draft, added: Entry) -> None:
         """For a version without a body of its own."""

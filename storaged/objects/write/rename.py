@@ -79,10 +79,10 @@ from storaged.objects.write.departures import (
     try_end_old,
 )
 from storaged.objects.write.lent_copy import SealedPages, is_coded, lent_of, replicas_answer
-from storaged.objects.write.loans import BORROWED_MAX, NotLent, Wanted, introduce, lender_of, let_go, with_loan
+from storaged.objects.write.loans import BORROWED_MAX, NotLent, Wanted, introduce, lender_of, with_loan
 from storaged.objects.write.outbox import Outgoing
 from storaged.objects.write.outbox import outgoing as outgoing_of
-from storaged.objects.write.put import DEK_BYTES, AddedVersion, NewObject, Write, note_stored
+from storaged.objects.write.put import DEK_BYTES, AddedVersion, NewObject, Write
 from storaged.objects.write.sealing import Sealed, sealed_body
 
 ATTEMPTS_MAX = 12
@@ -239,20 +239,19 @@ class _Rename:
             raise NotLent
         sealed = SealedPages(write, data)
         borrowed, borrower = introduce(plane, owner, lender, self._new, self.id)
-        added = _Arriving(self, write, opened, sealed, borrowed)
+        added = _Arriving(self, write, opened, sealed, borrowed, outgoing)
         wanted = Wanted(owner, data.data_ids, None, borrower, data.pages)
 
         async def commit_lent(check_lent: AfterPromise) -> None:
             async def after_promise() -> None:
                 await check_lent()
                 await sealed.put()
-                await self._before_accept(added, outgoing)
+                await self._before_accept(added)
 
-            added.tell(outgoing)
             await change_once(plane, added.keys, self._new, added.update, after_promise)
 
         await with_loan(plane, lender, wanted, commit_lent)
-        return self._arrived(write, added, outgoing)
+        return added.conclude()
 
     async def _seal_anew(self, found: Found, outgoing: Outgoing | None) -> PutResult:
         """If another object is read than was found, its departure is gone, and Changed is raised. So that which departs
@@ -269,19 +268,18 @@ class _Rename:
         try:
             checks = BodyChecks(size=stream.info.size)
             async with sealed_body(plane, write.part, body_of(stream), checks) as sealed:
-                added = _Arriving(self, write, opened, sealed, None)
-                added.tell(outgoing)
+                added = _Arriving(self, write, opened, sealed, None, outgoing)
                 await commit(
                     plane,
                     added.keys,
                     self._new,
                     added.update,
                     sealed,
-                    after_promise=lambda: self._before_accept(added, outgoing),
+                    after_promise=lambda: self._before_accept(added),
                 )
         finally:
             await stream.close()
-        return self._arrived(write, added, outgoing)
+        return added.conclude()
 
     async def _write(self, opened: OpenedVersion, part: NewPart) -> Write:
         plane, bucket = self._plane, self._bucket
@@ -289,18 +287,9 @@ class _Rename:
         new = NewObject(NewMeta(), opened.version.owner, NO_WRITE_CONDITIONS)
         return Write(plane, Place(bucket.id, self._asked.key), key, part, new)
 
-    async def _before_accept(self, added: _Arriving, outgoing: Outgoing | None) -> None:
+    async def _before_accept(self, added: _Arriving) -> None:
         await check_departing(self._plane, self._old, self.id)
-        await added.change.put_pages(self._plane.pages, self._new)
-        if outgoing is not None:
-            await outgoing.note()
-
-    def _arrived(self, write: Write, added: _Arriving, outgoing: Outgoing | None) -> PutResult:
-        if outgoing is not None:
-            outgoing.committed()
-        let_go(self._plane, self._bucket, self._new, added.change.removed)
-        note_stored(write, added.result)
-        return added.result
+        await added.before_accept()
 
     # --- the old key
 
@@ -326,6 +315,7 @@ class _Arriving(AddedVersion):
         opened: OpenedVersion,
         sealed: Sealed | SealedPages,
         borrowed: Borrowed | None,
+        outgoing: Outgoing | None,
     ) -> None:
         def make(version_id: str) -> tuple[Version, PutResult]:
             old, part, entropy, meta = opened.version, write.part, write.plane.entropy, opened.meta
@@ -340,7 +330,7 @@ class _Arriving(AddedVersion):
 
         self._work = work
         self._borrowed = borrowed
-        super().__init__(write, make, sealed=sealed if isinstance(sealed, Sealed) else None)
+        super().__init__(write, make, outgoing, sealed if isinstance(sealed, Sealed) else None)
 
     def _add(self, draft: Draft, ordinal: int) -> bool:
         """Raises NotImplemented, Departing, and as ``check_target``."""
