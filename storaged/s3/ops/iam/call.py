@@ -7,14 +7,14 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, TypeVar
 
 from msgspec import structs
 
-from storaged.errors import EntityAlreadyExists, LimitExceeded, NoSuchEntity, ValidationError
+from storaged.errors import DeleteConflict, EntityAlreadyExists, LimitExceeded, NoSuchEntity, ValidationError
 from storaged.objects.accounts import (
     GROUPS_MAX,
     POLICIES_MAX,
@@ -256,6 +256,53 @@ def added(account: StoredAccount, kind: Kind, entity: Any) -> StoredAccount:
 
 def lacking(account: StoredAccount, kind: Kind, name: str) -> StoredAccount:
     return structs.replace(account, **{kind.field: without_entry(entries_of(account, kind), name)})
+
+
+async def rename(call: Call, kind: Kind, refuse: Callable[[Call, str], Awaitable[None]] | None = None) -> Result:
+    """Gives a user or a group another name or path. ``refuse``: raises for a name that it may not have."""
+    parameter = f"New{kind.parameter}"
+    name = call.name(kind)
+    new_name = call.name(kind, parameter) if parameter in call.parameters else ""
+    new_path = call.parameters.path("NewPath") if "NewPath" in call.parameters else ""
+
+    def changed(entity: Any) -> Any:
+        return structs.replace(entity, name=new_name or entity.name, path=new_path or entity.path)
+
+    before = find(await call.account(), kind, name)
+    if new_name and refuse is not None:
+        await refuse(call, new_name)
+    call.permit(f"iam:Update{kind.word}", call.arn(kind, changed(before)))  # AWS wants it for both names
+
+    def edit(account: StoredAccount) -> StoredAccount:
+        entity = find(account, kind, name)
+        if new_name:
+            refuse_taken(account, kind, new_name, name)
+        return having(account, kind, changed(entity), name)
+
+    await call.change(call.arn(kind, before), edit)
+    return None
+
+
+async def delete(call: Call, kind: Kind, uses: Callable[[StoredAccount, Any], Iterable[tuple[bool, str]]]) -> Result:
+    """Deletes a user, a group or a role. ``uses``: whether it is used in each way, and what AWS wants to be done first
+    then. Raises NoSuchEntity, DeleteConflict.
+    """
+    name = call.name(kind)
+    before = find(await call.account(), kind, name)
+
+    def edit(account: StoredAccount) -> StoredAccount:
+        for used, what in uses(account, find(account, kind, name)):
+            if used:
+                raise DeleteConflict(f"Cannot delete entity, must {what} first.")
+        return lacking(account, kind, name)
+
+    await call.change(call.arn(kind, before), edit)
+    return None
+
+
+def uses_of_policies(entity: Entity) -> tuple[tuple[bool, str], ...]:
+    """As ``delete`` wants it: the policies that are in an entity, or attached to it."""
+    return (bool(entity.inline), "delete policies"), (bool(entity.attached), "detach all policies")
 
 
 def entity_fields(call: Call, kind: Kind, entity: Entity) -> dict[str, Any]:

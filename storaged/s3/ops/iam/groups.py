@@ -5,11 +5,12 @@ https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateGroup.html and the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 from msgspec import structs
 
-from storaged.errors import DeleteConflict, LimitExceeded
+from storaged.errors import LimitExceeded
 from storaged.objects.accounts import GROUPS_PER_USER_MAX, IamGroup, StoredAccount
 from storaged.s3.ops.iam.call import (
     GROUP,
@@ -17,12 +18,13 @@ from storaged.s3.ops.iam.call import (
     Call,
     Result,
     added,
+    delete,
     entity_fields,
     find,
     having,
-    lacking,
     page,
-    refuse_taken,
+    rename,
+    uses_of_policies,
     with_prefix,
 )
 
@@ -52,40 +54,15 @@ async def list_groups(call: Call) -> Result:
 
 
 async def update_group(call: Call) -> Result:
-    name = call.name(GROUP)
-    new_name = call.name(GROUP, "NewGroupName") if "NewGroupName" in call.parameters else ""
-    new_path = call.parameters.path("NewPath") if "NewPath" in call.parameters else ""
-    group = find(await call.account(), GROUP, name)
-    renamed = structs.replace(group, name=new_name or group.name, path=new_path or group.path)
-    call.permit("iam:UpdateGroup", call.arn(GROUP, renamed))  # AWS wants it for both names
-
-    def edit(account: StoredAccount) -> StoredAccount:
-        found = find(account, GROUP, name)
-        if new_name:
-            refuse_taken(account, GROUP, new_name, name)
-        changed = structs.replace(found, name=new_name or found.name, path=new_path or found.path)
-        return having(account, GROUP, changed, name)
-
-    await call.change(call.arn(GROUP, group), edit)
-    return None
+    return await rename(call, GROUP)
 
 
 async def delete_group(call: Call) -> Result:
-    name = call.name(GROUP)
-    group = find(await call.account(), GROUP, name)
+    def uses(account: StoredAccount, group: IamGroup) -> Iterable[tuple[bool, str]]:
+        members = any(group.id in user.groups for user in account.users.values())
+        return (members, "remove users from group"), *uses_of_policies(group)
 
-    def edit(account: StoredAccount) -> StoredAccount:
-        found = find(account, GROUP, name)
-        if any(found.id in user.groups for user in account.users.values()):
-            raise DeleteConflict("Cannot delete entity, must remove users from group first.")
-        if found.inline:
-            raise DeleteConflict("Cannot delete entity, must delete policies first.")
-        if found.attached:
-            raise DeleteConflict("Cannot delete entity, must detach all policies first.")
-        return lacking(account, GROUP, name)
-
-    await call.change(call.arn(GROUP, group), edit)
-    return None
+    return await delete(call, GROUP, uses)
 
 
 async def add_user_to_group(call: Call) -> Result:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from msgspec import structs
 
-from storaged.errors import DeleteConflict, MalformedPolicyDocument, ValidationError
+from storaged.errors import MalformedPolicyDocument, ValidationError
 from storaged.objects.accounts import IamRole, StoredAccount
 from storaged.s3.auth.policy import TRUST, check_document, principals_of
 from storaged.s3.ops.iam.call import (
@@ -19,12 +19,13 @@ from storaged.s3.ops.iam.call import (
     Call,
     Result,
     added,
+    delete,
     entity_fields,
     find,
     having,
-    lacking,
     page,
     tag_list,
+    uses_of_policies,
     with_prefix,
 )
 from storaged.s3.ops.iam.principals import unknown_of
@@ -114,16 +115,4 @@ async def update_assume_role_policy(call: Call) -> Result:
 
 
 async def delete_role(call: Call) -> Result:
-    name = call.name(ROLE)
-    role = find(await call.account(), ROLE, name)
-
-    def edit(account: StoredAccount) -> StoredAccount:
-        found = find(account, ROLE, name)
-        if found.inline:
-            raise DeleteConflict("Cannot delete entity, must delete policies first.")
-        if found.attached:
-            raise DeleteConflict("Cannot delete entity, must detach all policies first.")
-        return lacking(account, ROLE, name)
-
-    await call.change(call.arn(ROLE, role), edit)
-    return None
+    return await delete(call, ROLE, lambda _account, role: uses_of_policies(role))

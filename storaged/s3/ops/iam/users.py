@@ -5,12 +5,12 @@ https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateUser.html and the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 from msgspec import structs
 
 from storaged.errors import (
-    DeleteConflict,
     EntityAlreadyExists,
     LimitExceeded,
     NoSuchEntity,
@@ -25,14 +25,15 @@ from storaged.s3.ops.iam.call import (
     Call,
     Result,
     added,
+    delete,
     entity_fields,
     find,
     having,
-    lacking,
     moment,
     page,
-    refuse_taken,
+    rename,
     tag_list,
+    uses_of_policies,
     with_prefix,
 )
 
@@ -90,44 +91,15 @@ async def list_users(call: Call) -> Result:
 
 
 async def update_user(call: Call) -> Result:
-    name = call.name(USER)
-    new_name = call.name(USER, "NewUserName") if "NewUserName" in call.parameters else ""
-    new_path = call.parameters.path("NewPath") if "NewPath" in call.parameters else ""
-    user = find(await call.account(), USER, name)
-    if new_name:
-        await _refuse_root_name(call, new_name)
-    renamed = structs.replace(user, name=new_name or user.name, path=new_path or user.path)
-    call.permit("iam:UpdateUser", call.arn(USER, renamed))  # AWS wants it for both names
-
-    def edit(account: StoredAccount) -> StoredAccount:
-        found = find(account, USER, name)
-        if new_name:
-            refuse_taken(account, USER, new_name, name)
-        changed = structs.replace(found, name=new_name or found.name, path=new_path or found.path)
-        return having(account, USER, changed, name)
-
-    await call.change(call.arn(USER, user), edit)
-    return None
+    return await rename(call, USER, _refuse_root_name)
 
 
 async def delete_user(call: Call) -> Result:
-    name = call.name(USER)
-    user = find(await call.account(), USER, name)
+    def uses(_account: StoredAccount, user: IamUser) -> Iterable[tuple[bool, str]]:
+        keys, groups = (bool(user.keys), "delete access keys"), (bool(user.groups), "remove users from group")
+        return keys, *uses_of_policies(user), groups
 
-    def edit(account: StoredAccount) -> StoredAccount:
-        found = find(account, USER, name)
-        for held, what in (
-            (found.keys, "delete access keys"),
-            (found.inline, "delete policies"),
-            (found.attached, "detach all policies"),
-            (found.groups, "remove users from group"),
-        ):
-            if held:
-                raise DeleteConflict(f"Cannot delete entity, must {what} first.")
-        return lacking(account, USER, name)
-
-    await call.change(call.arn(USER, user), edit)
-    return None
+    return await delete(call, USER, uses)
 
 
 # --- access keys ------------------------------------------------------------------------------------------------------
