@@ -190,9 +190,9 @@ class RingClient:
         new_keys = settings.new_keys if settings.new_keys is not None else NewKeyRate()
         self._queue = ChangeQueue(self._ring, entropy, settings.deadline_s, new_keys)
         self._ask_to_settle = hooks.ask_to_settle
-        settle: Settle = self._queue.identity if settings.gateway else self._settled_by_gateway
+        self._settle: Settle = self._queue.identity if settings.gateway else self._settled_by_gateway
         self._reader = RegisterReader(
-            self._ring, RowReader(replicas, self._pool), copies, settings.gateway, settings.deadline_s, settle
+            self._ring, RowReader(replicas, self._pool), copies, settings.gateway, settings.deadline_s, self._settle
         )
         self._survey = RingSurvey(self._calls, self._view)
         self._pages = RingPages(self._calls, self._view, hooks.on_missed)
@@ -263,8 +263,8 @@ class RingClient:
     async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
         return await self._reader.read(name, want_payload=want_payload, settling_nonce=settling_nonce)
 
-    def try_read(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
-        self._reader.try_read(name, want_payload, then)
+    def try_read(self, name: RegisterName, want_payload: bool, on_done: Callable[[Reading | None], None]) -> None:
+        self._reader.try_read(name, want_payload, on_done)
 
     async def change(
         self,
@@ -273,12 +273,11 @@ class RingClient:
         *,
         small: SmallCopies | None = None,
         ready: Awaitable[None] | None = None,
-        renew: Callable[[], Awaitable[None]] | None = None,
         settling_nonce: bytes = b"",
         regardless: bool = False,
         unasked: Unasked | None = None,
     ) -> Outcome:
-        return await self._queue.change(name, update, small, ready, renew, settling_nonce, regardless, unasked)
+        return await self._queue.change(name, update, small, ready, settling_nonce, regardless, unasked)
 
     def grounds(self, name: RegisterName) -> Grounds | None:
         return self._queue.grounds(name)
@@ -287,16 +286,15 @@ class RingClient:
         self,
         name: RegisterName,
         update: Update,
-        then: OnOutcome,
+        on_outcome: OnOutcome,
         *,
         small: SmallCopies | None = None,
         regardless: bool = False,
     ) -> bool:
-        return self._queue.try_change(name, update, then, small, regardless)
+        return self._queue.try_change(name, update, on_outcome, small, regardless)
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
-        settle: Settle = self._queue.identity if self._settings.gateway else self._settled_by_gateway
-        return await settle(name, settling_nonce, self._calls.deadline(), commit=True)
+        return await self._settle(name, settling_nonce, self._calls.deadline(), commit=True)
 
     async def _settled_by_gateway(
         self, name: RegisterName, nonce: bytes, deadline: float, *, commit: bool

@@ -125,7 +125,6 @@ class Registers(Protocol):
         *,
         small: SmallCopies | None = None,
         ready: Awaitable[None] | None = None,
-        renew: Callable[[], Awaitable[None]] | None = None,
         settling_nonce: bytes = b"",
         regardless: bool = False,
         unasked: Unasked | None = None,
@@ -135,9 +134,9 @@ class Registers(Protocol):
 
         ``ready`` is awaited between prepare and accept (the barrier of the fragments); the prepare overlaps it. It may
         wait until ``update`` has run, which shows that there is a promise: what is seen after that no garbage collector
-        deletes. When it raises, nothing is accepted, and this raises its exception. ``renew`` is awaited before every
-        further prepare once ``ready`` is done: it makes sure that the fragments are still there and renews their age,
-        for the garbage collector may be what pre-empted this change. It raises when they are gone.
+        deletes. When it raises, nothing is accepted, and this raises its exception. It is awaited once. When ``update``
+        runs again, under another promise, a garbage collector may be what pre-empted this change: an update of what has
+        fragments raises then (``objects.write.commit``).
 
         ``regardless``: ``update`` makes the same change whatever the register holds. So it may be proposed before any
         replica was asked, in one round trip, where the register was probably never written. What it then overtakes

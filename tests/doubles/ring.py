@@ -71,9 +71,9 @@ class MemoryRing:
         payload = self._copy(name, value.payload) if want_payload and value is not None and value.payload else None
         return Reading(value, payload)
 
-    def try_read(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
+    def try_read(self, name: RegisterName, want_payload: bool, on_done: Callable[[Reading | None], None]) -> None:
         task = asyncio.get_running_loop().create_task(self.read(name, want_payload=want_payload))
-        task.add_done_callback(lambda done: then(done.result()))
+        task.add_done_callback(lambda done: on_done(done.result()))
 
     def grounds(self, name: RegisterName) -> Grounds | None:
         return Grounds(Ballot(1, 1, "g", b""), 0) if self.new_keys else None
@@ -85,7 +85,6 @@ class MemoryRing:
         *,
         small: SmallCopies | None = None,
         ready: Awaitable[None] | None = None,
-        renew: Callable[[], Awaitable[None]] | None = None,
         settling_nonce: bytes = b"",
         regardless: bool = False,
         unasked: Unasked | None = None,
@@ -125,14 +124,12 @@ class MemoryRing:
                     sequence, os.urandom(16), change.visibility, change.body, change.payload
                 )
                 return Outcome(before, after)
-            if renew is not None:
-                await renew()
 
     def try_change(
         self,
         name: RegisterName,
         update: Update,
-        then: OnOutcome,
+        on_outcome: OnOutcome,
         *,
         small: SmallCopies | None = None,
         regardless: bool = False,
@@ -140,7 +137,7 @@ class MemoryRing:
         if self.busy:
             return False
         task = asyncio.get_running_loop().create_task(self.change(name, update, small=small, regardless=regardless))
-        task.add_done_callback(lambda done: then(done.exception() or done.result()))  # type: ignore[arg-type]
+        task.add_done_callback(lambda done: on_outcome(done.exception() or done.result()))  # type: ignore[arg-type]
         return True
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:

@@ -176,15 +176,15 @@ class Driver:
         lost = chance < 0.02 * self.world.trouble
         if state is GATHERING:
             self.do(Event.WAITED, machine.waited)
-        elif state is SYNCING and not lost:
+        elif state is SYNCING and lost:
+            self.do(Event.DATA_FAILED, lambda: machine.data_failed(DataLost("gone")))
+        elif state is SYNCING:
             self.do(Event.SYNCED, machine.synced)
         elif state is REFRESHING:
             newer = self.world.view != machine.view or self.world.random.random() < 0.5
             self.do(Event.REFRESHED, lambda: machine.refreshed(newer))
         elif state is CARRYING:
             self.do(Event.CARRIED, lambda: machine.carried(self.world.copy_of(machine.carry, chance)))
-        elif lost:
-            self.do(Event.DATA_FAILED, lambda: machine.data_failed(DataLost("gone")))
         elif state is RETRYING:
             self.do(Event.BEGIN, lambda: machine.begin(self.world.view, self.world.now_us()))
 

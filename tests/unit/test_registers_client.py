@@ -348,9 +348,7 @@ async def test_the_barrier_runs_beside_the_prepare_and_its_failure_accepts_nothi
     assert (await client.read(NAME)).value is None
 
 
-async def test_a_change_that_was_preempted_behind_its_barrier_renews_its_fragments_before_it_prepares_again(
-    ring: Ring,
-) -> None:
+async def test_a_change_that_was_preempted_behind_its_barrier_prepares_and_judges_again(ring: Ring) -> None:
     client, collector = ring.client("gw"), ring.client("collector")
     steps: list[str] = []
 
@@ -362,27 +360,33 @@ async def test_a_change_that_was_preempted_behind_its_barrier_renews_its_fragmen
     def prepares() -> int:
         return sum(request.ballot.node == "gw" for request in ring.first.prepares)
 
-    async def renew() -> None:
-        steps.append(f"renewed after {prepares()} prepare")
+    def update(value: Value | None) -> Change:
+        steps.append(f"judged after {prepares()} prepares")
+        return Change(b"one")
 
-    outcome = await client.change(NAME, put(b"one"), ready=barrier(), renew=renew)
+    outcome = await client.change(NAME, update, ready=barrier())
     assert outcome.after is not None
-    assert steps == ["collected", "renewed after 1 prepare"]
+    assert sorted(steps) == ["collected", "judged after 1 prepares", "judged after 2 prepares"]
     assert prepares() == 2
 
 
-async def test_a_change_whose_fragments_were_collected_while_it_slept_is_not_applied(ring: Ring) -> None:
+async def test_a_change_that_refuses_to_run_again_is_not_applied(ring: Ring) -> None:
     client, collector = ring.client("gw"), ring.client("collector")
+    ran = False
+
+    def once(value: Value | None) -> Change:
+        nonlocal ran
+        if ran:
+            raise FragmentMissing
+        ran = True
+        return Change(b"dangling")
 
     async def barrier() -> None:
         await ring.first.carried_out["prepare"].wait()
         assert await collector.settle(NAME) is None
 
-    async def renew() -> None:
-        raise FragmentMissing
-
-    with pytest.raises(ServiceUnavailable):
-        await client.change(NAME, put(b"dangling"), ready=barrier(), renew=renew)
+    with pytest.raises(FragmentMissing):
+        await client.change(NAME, once, ready=barrier())
     assert (await client.read(NAME)).value is None
 
 

@@ -59,7 +59,6 @@ from storaged.meta.consensus.states import (
     DONE,
     GATHERING,
     PREPARING,
-    RETRYING,
     SYNCING,
 )
 from storaged.meta.messages import Accept, AcceptReply, Create, Prepare, PrepareReply
@@ -371,11 +370,11 @@ class Proposer(Ending):
         return self._propose()
 
     def data_failed(self, error: Exception) -> bool:
-        """The fragments that the change names can't be made durable, or can't be seen again."""
-        if self.state is not SYNCING and self.state is not RETRYING:
+        """The fragments that the change names can't be made durable."""
+        if self.state is not SYNCING:
             return False
         if self.lineage.open:
-            return self._give_up("its fragments could not be seen again")
+            return self._give_up("its fragments could not be made durable")
         return self._fail(error)
 
     def _propose(self) -> bool:

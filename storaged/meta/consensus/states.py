@@ -31,8 +31,7 @@ class State(IntEnum):
     """Send ``request`` with ``fragments`` to all disks of ``view``; give each answer to ``accepted``. A while after a
     refusal: ``on_slow``."""
     RETRYING = 7
-    """Pause up to ``pause_s``, renew the age of the fragments that the change names, or call ``data_failed``; then
-    ``begin``."""
+    """Pause up to ``pause_s``; then ``begin``."""
     DONE = 8
     """``outcome``."""
     FAILED = 9
@@ -81,7 +80,7 @@ TRANSITIONS: Final[Mapping[State, Mapping[Event, Sequence[State]]]] = {
         Event.EXPIRE: (FAILED,),
     },
     ACCEPTING: {Event.ACCEPTED: (*_AGAIN, DONE, FAILED), Event.ON_SLOW: _AGAIN, Event.EXPIRE: (FAILED,)},
-    RETRYING: {Event.BEGIN: (PREPARING,), Event.DATA_FAILED: (FAILED,), Event.EXPIRE: (FAILED,)},
+    RETRYING: {Event.BEGIN: (PREPARING,), Event.EXPIRE: (FAILED,)},
     REFRESHING: {Event.REFRESHED: (RETRYING, FAILED), Event.EXPIRE: (FAILED,)},
     DONE: {},
     FAILED: {},

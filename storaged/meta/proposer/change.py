@@ -6,7 +6,7 @@ Theory of operation
     answer is one call of ``_on_promise``, ``_on_accept`` or ``_on_create``, which gives it to the machine; when the
     machine has entered a state, ``_enter`` does what ``State`` says of it. So a change that meets no trouble costs
     neither a task nor a timer nor a future of its own: ``Deadlines`` has one timer for all changes. Pauses are timers.
-    Only fetching a small copy, and renewing the age of fragments, are tasks.
+    Only these are tasks: to fetch a small copy, to learn where the partition is, and to wait for a turn.
 
     ``begin`` reports by a callback. ``run`` is the same for a caller that has a task: it waits for that callback.
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,7 +60,6 @@ class ChangeShell:
         "_more_s",
         "_on_done",
         "_ready",
-        "_renew",
         "_ring",
         "_sending",
         "_silent",
@@ -77,14 +76,12 @@ class ChangeShell:
         machine: Proposer,
         deadline: float,
         ready: asyncio.Future[None] | None = None,
-        renew: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """``deadline`` by ``ring.clock.monotonic()``. ``ready``, ``renew``: see ``ports.Registers.change``."""
+        """``deadline`` by ``ring.clock.monotonic()``. ``ready``: see ``ports.Registers.change``."""
         self.machine = machine
         self._ring = ring
         self._deadline = deadline
         self._ready = ready
-        self._renew = renew
         self._on_done: OnOutcome | None = None
         self._more_s = self._timeout_s = 0.0
         self._silent: Sequence[str] = ()
@@ -158,7 +155,7 @@ class ChangeShell:
         if self._on_done is None:
             return
         machine, state = self.machine, self.machine.state
-        if state is RETRYING and not machine.pause_s and self._renew is None:
+        if state is RETRYING and not machine.pause_s:
             self._begin_again()
             state = machine.state
         if state is DONE:
@@ -207,14 +204,14 @@ class ChangeShell:
             self.machine.expire()
             self._enter()
         else:
-            self._later(pause_s, self._paused)
+            self._later(pause_s, self._begin_again)
 
     async def _take_turn(self) -> None:
         """Another proposer was in the way, or may have been."""
         taken = await self._ring.contention.take(self.machine.name, 1, self._remaining_s() / 2)
         self._work = None
         if taken:
-            self._did(self._paused)
+            self._did(self._begin_again)
         else:
             self._pause()
 
@@ -410,26 +407,6 @@ class ChangeShell:
         newer = await self._ring.refresher.refresh(self.machine.name, self.machine.view, self._remaining_s())
         self._work = None
         self._did(partial(self.machine.refreshed, newer))
-
-    def _paused(self) -> bool:
-        if self._renew is not None and (self._ready is None or self._ready.done()):
-            self._start(self._renewed(self._renew))
-            return False
-        return self._begin_again()
-
-    async def _renewed(self, renew: Callable[[], Awaitable[None]]) -> None:
-        """The time that this takes is not the register's either."""
-        began = self._ring.clock.monotonic()
-        self._ring.deadlines.begin(self, FOREVER)
-        try:
-            await renew()
-            event = self._begin_again
-        except Exception as error:
-            event = partial(self.machine.data_failed, error)
-        self._deadline += self._ring.clock.monotonic() - began
-        self._work = None
-        self._limit()
-        self._did(event)
 
     def _begin_again(self) -> bool:
         try:

@@ -132,7 +132,6 @@ class ChangeQueue:
         update: Update,
         small: SmallCopies | None,
         ready: Awaitable[None] | None,
-        renew: Callable[[], Awaitable[None]] | None,
         nonce: bytes,
         regardless: bool = False,
         unasked: Unasked | None = None,
@@ -155,7 +154,7 @@ class ChangeQueue:
                 grounds = unasked.grounds if unasked is not None else None
                 wanted = Wanted(name, update, small, nonce, barrier is not None, grounds, thorough=thorough)
                 machine = Proposer(self._ring.shared, wanted, self._lineage())
-                shell = ChangeShell(self._ring, machine, deadline, barrier, renew)
+                shell = ChangeShell(self._ring, machine, deadline, barrier)
                 return await self._run(shell, regardless and not nonce, create)
         finally:
             if barrier is not None and barrier is not ready:
@@ -181,7 +180,7 @@ class ChangeQueue:
                 self._learn(shell.machine, create)
 
     def try_change(
-        self, name: RegisterName, update: Update, then: OnOutcome, small: SmallCopies | None, regardless: bool
+        self, name: RegisterName, update: Update, on_outcome: OnOutcome, small: SmallCopies | None, regardless: bool
     ) -> bool:
         """See ``ports.Registers``."""
         _check_regardless(name, regardless)
@@ -192,7 +191,7 @@ class ChangeQueue:
         if self._closed:
             return False
         if self._ring.contention.expected(name) or not self._turns.try_take(name):
-            self._ring.pool.start(self._change_for(name, update, small, regardless, then))
+            self._ring.pool.start(self._change_for(name, update, small, regardless, on_outcome))
             return True
         self._ring.shared.counts["changes"] += 1
         create = self._to_create(name, update, regardless)
@@ -200,7 +199,7 @@ class ChangeQueue:
         shell = ChangeShell(self._ring, machine, self._deadline())
         self._under_way[shell] = None
         try:
-            shell.begin(view, partial(self._over, shell, create, regardless, then), create)
+            shell.begin(view, partial(self._over, shell, create, regardless, on_outcome), create)
         except BaseException:  # a mistake of ours
             self._under_way.pop(shell, None)
             self._turns.release(name)
@@ -212,7 +211,7 @@ class ChangeQueue:
         shell: ChangeShell,
         create: Change | None,
         regardless: bool,
-        then: OnOutcome,
+        on_outcome: OnOutcome,
         outcome: Outcome | Exception,
     ) -> None:
         self._under_way.pop(shell, None)
@@ -221,18 +220,18 @@ class ChangeQueue:
         self._turns.release(shell.machine.name)
         if isinstance(outcome, Outcome):
             self.watch.saw(shell.machine.name, outcome)
-        then(outcome)
+        on_outcome(outcome)
 
     async def _change_for(
-        self, name: RegisterName, update: Update, small: SmallCopies | None, regardless: bool, then: OnOutcome
+        self, name: RegisterName, update: Update, small: SmallCopies | None, regardless: bool, on_outcome: OnOutcome
     ) -> None:
         outcome: Outcome | Exception = OutcomeUnknown(STOPPED)
         try:
-            outcome = await self.change(name, update, small, None, None, b"", regardless)
+            outcome = await self.change(name, update, small, None, b"", regardless)
         except Exception as error:
             outcome = error
         finally:
-            then(outcome)
+            on_outcome(outcome)
             del outcome  # breaks the cycle of exception and frame
 
     def _to_create(self, name: RegisterName, update: Update, regardless: bool) -> Change | None:

@@ -379,21 +379,21 @@ class RegisterReader:
         read.ask(self._rows, view, name.pack(), want_payload, ring.call_timeout_s, ring.hedge_s)
         return read
 
-    def try_read(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
+    def try_read(self, name: RegisterName, want_payload: bool, on_done: Callable[[Reading | None], None]) -> None:
         """See ``ports.Registers``."""
         if name.scope in self._fenced:
-            then(None)
+            on_done(None)
             return
         try:
-            self._ask_rows(name, want_payload, partial(self._on_rows, want_payload, then))
+            self._ask_rows(name, want_payload, partial(self._on_rows, want_payload, on_done))
         except StoragedError:  # ``read`` raises it
-            then(None)
+            on_done(None)
 
-    def _on_rows(self, want_payload: bool, then: Callable[[Reading | None], None], read: RowRead) -> None:
+    def _on_rows(self, want_payload: bool, on_done: Callable[[Reading | None], None], read: RowRead) -> None:
         reading = read.reading(want_payload)
         if reading is not None:  # else ``read`` is called next, and counts
             self._ring.shared.counts["reads"] += 1
-        then(reading)
+        on_done(reading)
 
 
 def _resolve(over: asyncio.Future[None]) -> None:
