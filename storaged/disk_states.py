@@ -37,9 +37,6 @@ class Rights(NamedTuple):
     writes: Trust
     votes: Trust
 
-    def meet(self, other: Rights) -> Rights:
-        return Rights(min(self.reads, other.reads), min(self.writes, other.writes), min(self.votes, other.votes))
-
 
 class State(NamedTuple):
     """``problem``: the code under which ``status`` shows it; empty: it is none."""
@@ -116,14 +113,6 @@ def of(state: str) -> State:
 def worst(findings: Iterable[Finding]) -> Finding:
     """The one that is reported: of a state that is not in the table before all others."""
     return max(findings, key=lambda finding: _RANK.get(finding.state, len(_RANK)), default=FINE)
-
-
-def rights_of(states: Iterable[str]) -> Rights:
-    """What a disk with these findings is used for."""
-    rights = ALL
-    for state in states:
-        rights = rights.meet(of(state).rights)
-    return rights
 
 
 def outliers(latency_ms: Mapping[str, int], before: frozenset[str] = frozenset()) -> frozenset[str]:

@@ -47,11 +47,6 @@ def _user_name(uid: int) -> str:
         return ""
 
 
-def actor_of_user(uid: int) -> str:
-    """A user of this machine, as the audit log names it."""
-    return SocketPeer(uid, _user_name(uid)).actor
-
-
 def peer_of(connection: Any) -> SocketPeer:
     """The peer of ``connection``, a socket or what an asyncio transport returns for one. Raises OSError."""
     _pid, uid, _gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))

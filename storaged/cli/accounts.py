@@ -17,7 +17,6 @@ from storaged.errors import OperatorError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-ACCOUNT_HELP = "A user that `storaged user add` made: its name, access key or id."
 PAGE = "1000"
 
 

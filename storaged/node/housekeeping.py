@@ -30,34 +30,25 @@ RECORDS_REST = 100.0
 log = structlog.get_logger("housekeeping")
 
 
-async def housekeep(
-    plane: ObjectPlane,
-    buckets: BucketService,
-    *,
-    on_ends: Callable[[Ends], None],
-    first_s: float = FIRST_S,
-    interval_s: float = INTERVAL_S,
-) -> None:
+async def housekeep(plane: ObjectPlane, buckets: BucketService, *, on_ends: Callable[[Ends], None]) -> None:
     """Runs for ever. It retries in the next round what fails (no majority, keyring not open).
 
     ``on_ends`` gets the result of each look at the keys of deleted buckets.
     """
-    await asyncio.sleep(first_s)
+    await asyncio.sleep(FIRST_S)
     while True:
         try:
             await tidy(plane, buckets, on_ends)
         except StoragedError as error:
             log.info("housekeeping waits for its next round", reason=error.message)
-        await asyncio.sleep(interval_s)
+        await asyncio.sleep(INTERVAL_S)
 
 
-async def look_at_records(
-    buckets: BucketService, users: UserService, *, first_s: float = RECORDS_FIRST_S, interval_s: float = RECORDS_S
-) -> None:
+async def look_at_records(buckets: BucketService, users: UserService) -> None:
     """Runs for ever: repairs unusable records of buckets and users, or names them for ``status``. Takes a hundredth of
     the time at most.
     """
-    pause_s = first_s
+    pause_s = RECORDS_FIRST_S
     while True:
         await asyncio.sleep(pause_s)
         began = asyncio.get_running_loop().time()
@@ -65,7 +56,7 @@ async def look_at_records(
             await check_records(buckets, users)
         except StoragedError as error:
             log.debug("records are looked at later", reason=error.message)
-        pause_s = max(interval_s, RECORDS_REST * (asyncio.get_running_loop().time() - began))
+        pause_s = max(RECORDS_S, RECORDS_REST * (asyncio.get_running_loop().time() - began))
 
 
 async def check_records(buckets: BucketService, users: UserService) -> None:

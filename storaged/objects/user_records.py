@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-import msgspec
-
 from storaged.wire import Message, encode
 
 
@@ -38,8 +36,3 @@ def encode_user(record: UserRecord) -> bytes:
     if record.iam_user or record.inactive:
         return encode(record)
     return encode([getattr(record, name) for name in UserRecord.__struct_fields__[:_FIELDS_OF_OLD]])
-
-
-def plain_user(record: UserRecord) -> bytes:
-    """What the authenticator covers."""
-    return encode_user(msgspec.structs.replace(record, authenticator=b""))

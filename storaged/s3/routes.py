@@ -139,19 +139,19 @@ def _none_implemented(**names: str) -> Methods:
     return {method: _not_implemented(name) for method, name in names.items()}
 
 
-def _configuration(name: str, error: type[errors.S3Error], *, put: str = "") -> Methods:
+def _configuration(name: str, error: type[errors.S3Error]) -> Methods:
     return {
-        "GET": _get_never_set(f"Get{put or name}", error),
-        "PUT": _not_implemented(f"Put{put or name}"),
+        "GET": _get_never_set(f"Get{name}", error),
+        "PUT": _not_implemented(f"Put{name}"),
         "DELETE": _delete_never_set(f"Delete{name}"),
     }
 
 
-def _configured(name: str, row: configuration.Row[Any], document: Document, *, put: str = "") -> Methods:
+def _configured(name: str, row: configuration.Row[Any], document: Document) -> Methods:
     """A configuration that is stored and honoured."""
     return {
-        "GET": Operation(f"Get{put or name}", configuration.getter(row)),
-        "PUT": _change(f"Put{put or name}", configuration.putter(row), document),
+        "GET": Operation(f"Get{name}", configuration.getter(row)),
+        "PUT": _change(f"Put{name}", configuration.putter(row), document),
         "DELETE": _change(f"Delete{name}", configuration.deleter(row)),
     }
 

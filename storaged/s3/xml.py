@@ -150,9 +150,9 @@ def owner(user_id: str, display_name: str, tag: str = "Owner") -> str:
     return f"<{tag}><ID>{escape(user_id)}</ID><DisplayName>{escape(display_name)}</DisplayName></{tag}>"
 
 
-def owner_on_record(user_id: str, who: Principal, tag: str = "Owner") -> str:
+def owner_on_record(user_id: str, who: Principal) -> str:
     """The owner that a record names. ``who``: the requester; the display name of another user is not printed."""
-    return owner(user_id, who.display_name if user_id == who.user_id else "", tag)
+    return owner(user_id, who.display_name if user_id == who.user_id else "")
 
 
 def error_document(
