@@ -24,7 +24,8 @@ from storaged.objects.code.version_names import NULL_NAME, VersionName
 from storaged.objects.code.version_pages import read_page
 from storaged.objects.code.version_walk import every_entry
 from storaged.objects.code.versions import decode_record
-from storaged.objects.records import Loan, PartEntry, PartRecord, encode_object, sharing_of
+from storaged.objects.records import Loan, PartEntry, encode_object, sharing_of
+from storaged.objects.upload_records import PartRecord
 from storaged.wire import decode, encode
 
 Move = tuple[MoveAsk, Profile]

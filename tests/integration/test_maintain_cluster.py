@@ -21,7 +21,8 @@ from storaged.maintain.repair import NO_RECODING_S
 from storaged.maintain.service import Ask
 from storaged.meta.names import Change, RegisterName, Table, object_name, part_name, system_name, upload_name
 from storaged.meta.store_ports import RowDamaged, RowRange
-from storaged.objects.records import BucketRecord, ObjectRecord, PartRecord, UploadRecord, encode_object
+from storaged.objects.records import BucketRecord, ObjectRecord, encode_object
+from storaged.objects.upload_records import PartRecord, UploadRecord
 from storaged.wire import encode
 from tests.integration.memory_cluster import Cluster, run, without_hash
 from tests.second_preimage import second_preimage

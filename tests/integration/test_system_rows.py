@@ -26,10 +26,11 @@ from storaged.node.housekeeping import check_records, tidy
 from storaged.objects.api import BodyChecks, NewMeta
 from storaged.objects.bad_rows import BAD_ROWS_MAX, BadRows
 from storaged.objects.configuration.kinds import TAGGING, Tags
-from storaged.objects.records import BucketRecord, UploadRecord
+from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.users import NameClaim, UserService
+from storaged.objects.upload_records import UploadRecord
 from storaged.objects.user_records import UserRecord
 from storaged.objects.write.uploads import parse_upload_id
 from storaged.wire import decode, encode

@@ -18,17 +18,8 @@ import msgspec
 from storaged.errors import ConditionalRequestConflict, NoSuchUpload, PeerError, ServiceUnavailable, StoragedError
 from storaged.fragments.ports import OF_UPLOAD, FragmentId, Retirement
 from storaged.meta.names import Change, RegisterName, Value, Visibility, part_name, upload_name
-from storaged.objects.records import (
-    ObjectRecord,
-    PartEntry,
-    PartRecord,
-    Run,
-    UploadRecord,
-    Version,
-    decode_object,
-    decode_version,
-    encode_object,
-)
+from storaged.objects.records import ObjectRecord, PartEntry, Run, Version, decode_object, decode_version, encode_object
+from storaged.objects.upload_records import PartRecord, UploadRecord
 from storaged.objects.write.commit import ProposedAgain
 from storaged.objects.write.uploads import ABORTED, COMPLETING, DONE, OPEN, decode_upload, part_rows
 from storaged.wire import decode, encode

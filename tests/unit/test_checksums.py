@@ -15,7 +15,8 @@ from awscrt import checksums as crt
 from storaged.errors import BadDigest, InvalidPart, InvalidRequest
 from storaged.meta.names import Table
 from storaged.objects.api import CHECKSUM_ALGORITHMS, BodyChecks, CompletedPart, CopySource, NewMeta
-from storaged.objects.records import PartRecord, decode_object
+from storaged.objects.records import decode_object
+from storaged.objects.upload_records import PartRecord
 from storaged.objects.write.checksums import CHECKSUM_BYTES, BodyDigest, checksum_of, digest_of
 from storaged.objects.write.uploads import open_upload
 from storaged.wire import decode, encode

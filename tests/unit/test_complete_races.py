@@ -13,7 +13,8 @@ import pytest
 from storaged.errors import ConditionalRequestConflict, NoSuchUpload, SlowDown
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.objects.api import PutResult
-from storaged.objects.records import UploadRecord, decode_object
+from storaged.objects.records import decode_object
+from storaged.objects.upload_records import UploadRecord
 from storaged.objects.write import complete as module
 from storaged.objects.write.uploads import parse_upload_id
 from storaged.wire import decode

@@ -24,15 +24,10 @@ from storaged.errors import (
 from storaged.meta.names import RegisterName, Table, Value, system_name
 from storaged.objects.api import CompletedPart, WriteConditions
 from storaged.objects.etags import ANY
-from storaged.objects.records import (
-    BucketRecord,
-    PartRecord,
-    SealedMeta,
-    SealedPart,
-    UploadRecord,
-)
+from storaged.objects.records import BucketRecord, SealedMeta, SealedPart
 from storaged.objects.service import ObjectService
 from storaged.objects.system.users import UserSecret, UserService
+from storaged.objects.upload_records import PartRecord, UploadRecord
 from storaged.objects.user_records import UserRecord
 from storaged.objects.write import multipart
 from storaged.objects.write.uploads import CompleteResult

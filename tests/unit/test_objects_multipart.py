@@ -43,8 +43,9 @@ from storaged.objects.api import (
     WriteConditions,
 )
 from storaged.objects.etags import ANY, tag
-from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, PartRecord, decode_object, encode_object
+from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, decode_object, encode_object
 from storaged.objects.service import ObjectService
+from storaged.objects.upload_records import PartRecord
 from storaged.objects.write import multipart
 from storaged.objects.write.references import live_references, parts_in
 from storaged.objects.write.uploads import parse_upload_id, part_rows

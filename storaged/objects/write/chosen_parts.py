@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from storaged.errors import BadDigest, EntityTooSmall, InvalidPart, InvalidPartOrder, InvalidRequest, MalformedXML
 from storaged.objects.api import DEFAULT_ALGORITHM
 from storaged.objects.plane import ObjectLimits
-from storaged.objects.records import PartRecord, SealedPart, UploadRecord
+from storaged.objects.records import SealedPart
+from storaged.objects.upload_records import PartRecord, UploadRecord
 from storaged.objects.upload_types import CompletedPart
 from storaged.objects.write.checksums import COMPOSITE, FULL_OBJECT, multipart_checksum, same_checksums
 

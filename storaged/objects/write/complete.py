@@ -58,13 +58,12 @@ from storaged.objects.records import (
     PARTS_INLINE_MAX,
     BucketRecord,
     Kept,
-    PartRecord,
     SealedMeta,
     SealedPart,
-    UploadRecord,
     Version,
     decode_version,
 )
+from storaged.objects.upload_records import PartRecord, UploadRecord
 from storaged.objects.write.checksums import multipart_etag
 from storaged.objects.write.chosen_parts import Rows, checksums_of, chosen_parts
 from storaged.objects.write.commit import change_once

@@ -48,7 +48,8 @@ from storaged.objects.code.lifecycle import rules_of, upload_due
 from storaged.objects.code.versions import Place, meta_of, record_key, seal_meta, shown
 from storaged.objects.encryption import NO_KEY
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import BucketRecord, PartEntry, PartRecord, SealedPart, UploadRecord
+from storaged.objects.records import BucketRecord, PartEntry, SealedPart
+from storaged.objects.upload_records import PartRecord, UploadRecord
 from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.checksums import COMPOSITE, FULL_OBJECT, can_be_composite, can_be_full_object, default_type
 from storaged.objects.write.commit import commit

@@ -32,17 +32,8 @@ from storaged.meta.ports import Pages, Registers, Scanner
 from storaged.objects.code.manifest import PAGES_MAX, checked, parts_of
 from storaged.objects.code.version_walk import OnUnreadable, every_entry, every_page
 from storaged.objects.code.versions import decode_record
-from storaged.objects.records import (
-    Loan,
-    PartEntry,
-    PartRecord,
-    UploadRecord,
-    Version,
-    decode_object,
-    decode_version,
-    shares,
-    sharing_of,
-)
+from storaged.objects.records import Loan, PartEntry, Version, decode_object, decode_version, shares, sharing_of
+from storaged.objects.upload_records import PartRecord, UploadRecord
 from storaged.objects.write.uploads import COMPLETING, living_uploads, part_rows
 from storaged.wire import decode
 

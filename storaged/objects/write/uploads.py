@@ -21,14 +21,8 @@ from storaged.objects.code.versions import KEY_UNWANTED, Place, content_key, ope
 from storaged.objects.encryption import CUSTOMER, NO_KEY
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey, SealBroken, pack_context
-from storaged.objects.records import (
-    BucketRecord,
-    PartRecord,
-    SealedEncryption,
-    SealedMeta,
-    SealedPart,
-    UploadRecord,
-)
+from storaged.objects.records import BucketRecord, SealedEncryption, SealedMeta, SealedPart
+from storaged.objects.upload_records import PartRecord, UploadRecord
 from storaged.sov1 import SALT_BYTES, derive_key, open_message, seal_message
 from storaged.wire import Message, decode, encode
 
