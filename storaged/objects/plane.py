@@ -57,8 +57,8 @@ class ObjectLimits:
     inline_sealed_bytes_max: int = 1 * KIB
     """Sealed bytes that stay in the record. Under about 2 KiB a record keeps out of LMDB's overflow pages."""
     small_bytes_max: int = 16 * KIB
-    """Bodies kept as whole copies beside the register (``small_object_bytes_max`` of a node's configuration). At 4 KiB,
-    copies reach 0.89 of the PUT rate of data in the record, in half the space.
+    """Bodies kept as whole copies beside the register. A gateway takes ``small_object_bytes_max`` of its configuration,
+    256 KiB by default. At 4 KiB, copies reach 0.89 of the PUT rate of data in the record, in half the space.
     """
     put_bytes_max: int = PART_BYTES_MAX
     part_bytes_max: int = PART_BYTES_MAX

@@ -10,7 +10,7 @@ from storaged.objects import listing
 from storaged.objects.background import Counters
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read import get
-from storaged.objects.write import complete, copy, delete, locks, multipart, put, rename, uploads
+from storaged.objects.write import complete, copy, delete, locks, metadata, multipart, put, rename, uploads
 from storaged.objects.write.blocks import SOON_BYTES_MAX
 
 
@@ -30,11 +30,11 @@ class ObjectService:
         self.delete = partial(delete.delete, plane)
         self.copy = partial(copy.copy, plane)
         self.rename = partial(rename.rename, plane)
-        self.set_tags = partial(delete.set_tags, plane)
+        self.set_tags = partial(metadata.set_tags, plane)
         self.set_retention = partial(locks.set_retention, plane)
         self.set_hold = partial(locks.set_hold, plane)
-        self.set_encryption = partial(delete.set_encryption, plane)
-        self.set_acl = partial(delete.set_acl, plane)
+        self.set_encryption = partial(metadata.set_encryption, plane)
+        self.set_acl = partial(metadata.set_acl, plane)
         self.list_objects = partial(listing.list_objects, plane)
         self.list_versions = partial(listing.list_versions, plane)
         self.create_upload = partial(multipart.create_upload, plane)

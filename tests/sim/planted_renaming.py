@@ -132,7 +132,7 @@ RENAMING_BUGS = (
         "changed_while_it_departs",
         "the metadata of a version changes while it departs, and is not that of what has arrived",
         0,
-        path="storaged/objects/write/delete.py",
+        path="storaged/objects/write/metadata.py",
         old="        if draft.departure is not None:\n            raise Departing(name, draft.departure)\n",
         new="        assert draft\n",
         tests=f"{_UNIT}::test_a_rename_waits_for_another_and_ends_one_that_is_old",

@@ -55,9 +55,9 @@ async def set_retention(
     bypass_governance: bool = False,
     allowed: Allowed = None,
 ) -> None:
-    """Changes the retention of a version; an empty ``mode`` ends it. ``allowed``: as of ``change_meta``. Raises
-    AccessDenied when the present retention does not allow it, InvalidArgument for one that is over, InvalidRequest, and
-    as ``change_meta``.
+    """Changes the retention of a version; an empty ``mode`` ends it. ``allowed``: as of ``metadata.change_meta``.
+    Raises as that, AccessDenied when the present retention does not allow it, InvalidArgument for one that is over, and
+    InvalidRequest.
     """
     now_ms = plane.clock.wall_ms()
     if mode and until_ms <= now_ms:
@@ -81,8 +81,8 @@ async def set_hold(
     version_id: str = "",
     allowed: Allowed = None,
 ) -> None:
-    """Sets or ends the legal hold of a version. ``allowed``: as of ``change_meta``. Raises InvalidRequest, and as
-    ``change_meta``.
+    """Sets or ends the legal hold of a version. ``allowed``: as of ``metadata.change_meta``. Raises InvalidRequest,
+    and as that.
     """
     await _change(plane, bucket, key, version_id, allowed, lambda lock: with_hold(lock, hold))
 
