@@ -278,9 +278,10 @@ RENAME = """
 
 On AWS it is of directory buckets, and atomic. Here every bucket has it that never had versioning; where versioning was
 enabled, it answers 501. `x-amz-rename-source` is the key of the object, percent-encoded, or `/BUCKET/KEY` with the
-bucket of the request. The sender needs `s3:GetObject` and `s3:DeleteObject` for the old key, also `s3:GetObjectTagging`
-if the object has tags, and `s3:PutObject` for the new one. The object keeps its metadata, tags, owner, access control
-list, ETag, checksums and last modified time. Objects with SSE-C are refused (400).
+bucket of the request. The sender needs `s3:GetObject` and `s3:DeleteObject` for the old key, and `s3:PutObject` for the
+new one; if the object has tags, also `s3:GetObjectTagging` for the old key and `s3:PutObjectTagging` for the new one.
+The object keeps its metadata, tags, owner, access control list, ETag, checksums and last modified time. Objects with
+SSE-C are refused (400).
 
 * When the answer is 200, the object has its new name and no other.
 * It gets the new name at one moment: from then on GET, HEAD and copies find it there, and no more under the old name.
