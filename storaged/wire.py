@@ -7,6 +7,7 @@ Everything that is written to disk or sent to a peer derives from :class:`Messag
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -34,11 +35,19 @@ class Message(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _Decoders(dict[Any, Callable[[Buffer], Any]]):
-    """The decoder of each type, made at its first use."""
+    """The decoder of each type, made at its first use.
+
+    One thread at a time makes one: msgspec looks at the fields of a type only then, by Python code, and a second thread
+    would meanwhile decode by what is there of them. That ended a node by SIGSEGV.
+    """
 
     def __missing__(self, kind: Any) -> Callable[[Buffer], Any]:
-        found = self[kind] = msgspec.msgpack.Decoder(kind).decode
+        with _making:
+            found = self[kind] = msgspec.msgpack.Decoder(kind).decode
         return found
+
+
+_making = threading.RLock()
 
 
 MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
