@@ -24,7 +24,7 @@ import xxhash
 
 from storaged.fragments.ports import FragmentHeader
 from storaged.units import KIB, MIB
-from storaged.wire import Buffer, Message, decode, encode
+from storaged.wire import Buffer, Message, decode, decoder_of, encode
 
 VERSION = 1
 SEGMENT_MAGIC = b"SOVSEG\r\n"
@@ -240,13 +240,13 @@ def parse_fragment(message: Buffer) -> FragmentHeader:
         raise FormatError(f"not a fragment's header: {error}") from None
 
 
-_notes_decoder = msgspec.msgpack.Decoder(tuple[Note, ...])
+_decode_notes = decoder_of(tuple[Note, ...])
 
 
 def parse_notes(message: Buffer) -> tuple[Note, ...]:
     """Raises FormatError."""
     try:
-        return _notes_decoder.decode(message)
+        return _decode_notes(message)
     except msgspec.MsgspecError as error:
         raise FormatError(f"not notes: {error}") from None
 

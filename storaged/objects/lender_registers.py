@@ -91,13 +91,13 @@ class LenderRegisters:
         """As ``Registers.change``. ``ready`` has to be a future: one that is not done yet when the change is refused
         still waits for its promise, and is awaited once more. With another awaitable nothing is tried again.
         """
-        registers, refused = self._registers(), False
+        registers, tried = self._registers(), False
 
         async def change(nonce: bytes) -> Outcome:
-            nonlocal refused
-            if refused and ready is not None and (not isinstance(ready, asyncio.Future) or ready.done()):
+            nonlocal tried
+            if tried and ready is not None and (not isinstance(ready, asyncio.Future) or ready.done()):
                 raise NoSuchBucket
-            refused = True
+            tried = True
             return await registers.change(
                 name,
                 update,

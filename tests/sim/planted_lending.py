@@ -86,7 +86,7 @@ LENDING_BUGS = (
         "    if entry is None or not wanted.are_parts_of(entry.version):\n        raise NotLent\n"
         "    version = entry.version\n",
         "_SEEN, _decoded = [], decode_record\n\n"
-        "def decode_record(value):\n"  # whatever a look at loans has read may be lent ever after
+        "def decode_record(value):\n"  # all that a look at loans has read may be lent ever after
         "    _SEEN.extend(_decoded(value).versions)\n"
         "    return _decoded(value)\n\n"
         "def _loan_of(draft, wanted):\n"

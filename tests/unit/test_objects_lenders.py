@@ -371,7 +371,7 @@ async def test_a_lender_whose_record_is_hidden_keeps_its_fence_and_its_key(made:
     assert lender is not None
     assert made.world.ring.fences[made.source.id] == (lender.nonce, False)
     assert made.source.id in made.world.keys.newest
-    assert await destroy_ended_keys(made.plane, made.buckets) == (0, 0, 0, ""), "and nobody is told that it waits"
+    assert await destroy_ended_keys(made.plane, made.buckets) == (0, 0, 0, ""), "and no report says that it waits"
 
 
 async def test_a_lender_that_is_not_noted_with_its_key_keeps_that_too(

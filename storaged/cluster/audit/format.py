@@ -91,6 +91,9 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     salt: str = ""
 
 
+_decode_entry = msgspec.json.Decoder(Entry).decode  # made here: see ``wire._Decoders``
+
+
 class Predecessor(msgspec.Struct, frozen=True):
     """In a ``start`` entry: the head of the chain before, and how many unreadable bytes a crash left after it."""
 
@@ -181,7 +184,7 @@ def parse_line(line: bytes) -> Entry:
     ):
         raise ValueError("not a whole entry")
     try:
-        entry = msgspec.json.decode(line, type=Entry)
+        entry = _decode_entry(line)
     except msgspec.MsgspecError as error:
         raise ValueError(f"not an entry: {error}") from error
     if hashlib.sha256(ENTRY_LABEL + line[:-_SUFFIX_BYTES]).hexdigest() != entry.hash:

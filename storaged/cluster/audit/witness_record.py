@@ -251,6 +251,9 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     problem: str = ""
 
 
+_decode_line = msgspec.json.Decoder(_Line).decode  # made here: see ``wire._Decoders``
+
+
 def render(seen: SeenChain) -> bytes:
     """The line that is appended for a checkpoint. It is enough to restore the chain should every other line of it be
     damaged.
@@ -278,7 +281,7 @@ def read(lines: Iterable[bytes]) -> SeenNode:
     marks: dict[str, list[Mark]] = {}
     for raw in lines:
         try:
-            line = msgspec.json.decode(raw, type=_Line)
+            line = _decode_line(raw)
             mark = Mark(line.sequence, bytes.fromhex(line.hash), line.time_ms)
             if not line.checkpoint:
                 marks.setdefault(line.chain, []).append(mark)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from storaged.hashes import is_page
@@ -13,7 +12,7 @@ from storaged.meta.storage.redo import BODY_BYTES_MAX
 from storaged.meta.storage.rowvalue import pack_row, seal_small
 from storaged.meta.store_ports import Done, Fence, Slot, StoreBatch, StoredPage
 from storaged.units import MIB
-from storaged.wire import Buffer, Message, encode
+from storaged.wire import Buffer, Message, decoder_of, encode
 
 LoggedCopy = tuple[bytes, Sequence[Buffer]]
 """(encoded fragment header, payload) of a small object's copy."""
@@ -69,7 +68,7 @@ class LoggedBatch(Message, frozen=True):
     copy: tuple[bytes, bytes] | None
 
 
-_decoder = msgspec.msgpack.Decoder(list[LoggedBatch])
+_decode = decoder_of(list[LoggedBatch])
 
 
 def pack_batch(batch: StoreBatch, on_done: Done) -> PackedBatch:
@@ -158,4 +157,4 @@ def encode_group(batches: Sequence[PackedBatch]) -> bytes:
 
 def decode_group(body: Buffer) -> list[LoggedBatch]:
     """Raises msgspec.MsgspecError."""
-    return _decoder.decode(body)
+    return _decode(body)

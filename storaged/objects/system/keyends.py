@@ -14,7 +14,7 @@ Theory of operation
     Fragments on a disk that was away when their objects were deleted are on no list: they are orphans, which a sweep
     finds much later. The key does not wait for that, and without the key they can't be read.
 
-    The key of a bucket that became a lender (``lenders``) ends with that. Until then nobody is told that it waits.
+    The key of a bucket that became a lender (``lenders``) ends with that. Until then no report says that it waits.
 
     Nothing depends on the time of this: a key that stays longer does no harm, and data that is collected later can't be
     read any more. Every step is idempotent, and any gateway may take it. Each check takes a bounded number of keys, the
