@@ -210,13 +210,13 @@ class Check:
         """
         if self._loans_wait:
             return
-        lenders, self.walker.lenders = list(self.walker.lenders), set()
-        for start in range(0, len(lenders), NAMES_A_SETTLE):
-            names = tuple(lenders[start : start + NAMES_A_SETTLE])
+        owners, self.walker.owners = list(self.walker.owners), set()
+        for start in range(0, len(owners), NAMES_A_SETTLE):
+            names = tuple(owners[start : start + NAMES_A_SETTLE])
             try:
                 await self._context.asks.ask("loans", EndLoans(names), EndedLoans)
             except (StoragedError, TimeoutError) as error:
-                self._context.log(f"loans of {len(lenders) - start} objects are looked at later: {error}")
+                self._context.log(f"loans of {len(owners) - start} objects are looked at later: {error}")
                 self._loans_wait = True
                 return
 
@@ -250,7 +250,7 @@ class Check:
             await self._give_way()
             self._row_bytes += sum(ROW_BYTES + len(name.key) + len(value.body) for name, value in rows)
             found += await self.walker.judge_rows(rows)
-            if len(self.walker.lenders) >= NAMES_A_SETTLE:
+            if len(self.walker.owners) >= NAMES_A_SETTLE:
                 await self._end_loans()
         return found
 

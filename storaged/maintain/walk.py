@@ -42,7 +42,7 @@ WALK_PATIENCE = 2.0
 for longer counts as away, and is not asked.
 """
 
-LENDERS_MAX = 10_000
+OWNERS_MAX = 10_000
 """Those of a slice are asked about before the next one comes; only while no gateway answers they add up."""
 ROWS_A_SLICE = 64
 REST_S_MAX = 0.005
@@ -137,8 +137,8 @@ class Walker:
         self.buckets = Buckets()
         self._unanswered = 0
         self.settled = self.judged = 0
-        self.lenders: set[bytes] = set()
-        """Objects (packed names) that lend data to other keys: some of those that were judged."""
+        self.owners: set[bytes] = set()
+        """Objects (packed names) whose data other keys borrow: some of those that were judged."""
         self.bring_up: Callable[[RegisterName], Awaitable[object]] = context.registers.settle
         """Brings the replicas of a register that differ to the same row (``pull``)."""
 
@@ -251,13 +251,13 @@ class Walker:
 
     # --- registers ----------------------------------------------------------------------------------------------------
 
-    def _note_lender(self, name: RegisterName, value: Value) -> None:
+    def _note_owner(self, name: RegisterName, value: Value) -> None:
         """Raises DataDamaged."""
-        if name.table != Table.OBJECT or not shares(value.body) or len(self.lenders) >= LENDERS_MAX:
+        if name.table != Table.OBJECT or not shares(value.body) or len(self.owners) >= OWNERS_MAX:
             return
         sharing = sharing_of(decode_record(value))
         if sharing.loans or sharing.departure is not None or sharing.arrivals:
-            self.lenders.add(name.pack())
+            self.owners.add(name.pack())
 
     async def judge_rows(self, rows: Iterable[tuple[RegisterName, Value]], *, whole: bool = False) -> list[Finding]:
         """The findings of the rows that are below target. Records that this node can't judge are left out and logged.
@@ -269,7 +269,7 @@ class Walker:
         for name, value in rows:
             tally, coded = Tally(name.pack()), False
             try:
-                self._note_lender(name, value)
+                self._note_owner(name, value)
                 note = partial(self._note_unreadable, name, tally)
                 if hashes := await pages_of(self._context, name, value, on_unreadable=note):
                     paged.append(PagesOf(tally, name.partition, hashes))

@@ -405,7 +405,7 @@ async def _pages(copied: Copied, key: bytes) -> set[bytes]:
 @pytest.mark.parametrize("where", [INSIDE, LENDER])
 def test_one_walk_has_the_loans_of_many_objects_ended(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """More than a node notes at once. Copies are no lenders."""
-    for module, name, value in ((walk, "ROWS_A_SLICE", 1), (walk, "LENDERS_MAX", 1), (check, "NAMES_A_SETTLE", 1)):
+    for module, name, value in ((walk, "ROWS_A_SLICE", 1), (walk, "OWNERS_MAX", 1), (check, "NAMES_A_SETTLE", 1)):
         monkeypatch.setattr(module, name, value)
     sources = [b"source %d" % number for number in range(5)]
 

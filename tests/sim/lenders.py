@@ -47,7 +47,7 @@ from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.keyends import destroy_ended_keys
 from storaged.objects.system.shards import Drawn
 from storaged.objects.write.commit import AfterPromise
-from storaged.objects.write.loans import Wanted, end_unused, introduce, lender_of, retire_gone, with_loan
+from storaged.objects.write.loans import Wanted, bucket_of_owner, end_unused, introduce, retire_gone, with_loan
 from storaged.objects.write.uploads import OPEN, UploadRecord
 from storaged.wire import encode
 from tests.doubles.keys import MemorySigners
@@ -406,7 +406,7 @@ class Lenders(Lending):
         else:
             return
         (owner, data_ids, named, pages), borrowed = found
-        lender = await lender_of(plane, there, borrowed)
+        lender = await bucket_of_owner(plane, there, borrowed)
         if lender is None or lender.state != ACTIVE or not may_lend(lender, bucket):
             self.found.done["not lent by lenders"] += lender is None or lender.state == LENDING
             return

@@ -12,11 +12,11 @@ LENT = "an object that was copied or renamed has a small part here: that stays w
 """Why a small body is not coded (``write.divide``)."""
 
 
-def may_lend(lender: BucketRecord, bucket: BucketRecord) -> bool:
+def may_lend(owner_bucket: BucketRecord, bucket: BucketRecord) -> bool:
     """Whether a copy in ``bucket`` may borrow data of the other one. Readers compute the places of blocks from the
     countries of the bucket that they read; and either bucket's records name keys of the other one.
     """
-    return lender.id == bucket.id or set(lender.countries) == set(bucket.countries)
+    return owner_bucket.id == bucket.id or set(owner_bucket.countries) == set(bucket.countries)
 
 
 def name_of_owner(bucket: BucketRecord, borrowed: Borrowed) -> RegisterName:

@@ -52,8 +52,8 @@ from storaged.objects.write.loans import (
     BORROWER_ID_BYTES,
     NotLent,
     Wanted,
+    bucket_of_owner,
     introduce,
-    lender_of,
     with_loan,
 )
 from storaged.objects.write.outbox import Outgoing
@@ -63,13 +63,13 @@ from storaged.objects.write.put import AddedVersion, NewObject, Write, check_ear
 
 class Lendable(NamedTuple):
     """A source whose data a copy may borrow. ``owner``: the register that the data belongs to, of the bucket
-    ``lender``.
+    ``owner_bucket``.
     """
 
     info: ObjectInfo
     found: Found
     owner: RegisterName
-    lender: BucketRecord
+    owner_bucket: BucketRecord
 
 
 async def lendable(
@@ -97,10 +97,10 @@ async def lendable(
     if source.conditions != NO_READ_CONDITIONS:
         check_copy_source(source.conditions, info.etag, info.modified_ms)
     check_allowed(access_of(info), source.allowed)
-    owner, lender = owner_of(source.bucket, found), await lender_of(plane, source.bucket, opened.borrowed)
-    if lender is None or lender.state != ACTIVE or not replicas_answer(plane, owner):
+    owner, owner_bucket = owner_of(source.bucket, found), await bucket_of_owner(plane, source.bucket, opened.borrowed)
+    if owner_bucket is None or owner_bucket.state != ACTIVE or not replicas_answer(plane, owner):
         return None
-    return Lendable(info, found, owner, lender)
+    return Lendable(info, found, owner, owner_bucket)
 
 
 def has_checksums(info: ObjectInfo, algorithm: str) -> bool:
@@ -199,7 +199,7 @@ async def copy_lent(
     data = await lent_of(plane, source.bucket, source.key, lent.found)
     part = NewPart(bucket, name, opened.dek, opened.version.context_id)
     write = Write(plane, Place(bucket.id, key), bucket_key, part, NewObject(new, owner, conditions))
-    borrowed, borrower = introduce(plane, lent.owner, lent.lender, name, plane.entropy(BORROWER_ID_BYTES))
+    borrowed, borrower = introduce(plane, lent.owner, lent.owner_bucket, name, plane.entropy(BORROWER_ID_BYTES))
     sealed = SealedPages(write, data)
     await check_early(plane, name, write.place, BucketKeys(plane, bucket), conditions)
     outgoing = await outgoing_of(plane, bucket, name, new.origin) if new.origin is not None else None
@@ -215,7 +215,7 @@ async def copy_lent(
 
         await change_once(plane, added.keys, name, added.update, after_promise)
 
-    await with_loan(plane, lent.lender, wanted, commit)
+    await with_loan(plane, lent.owner_bucket, wanted, commit)
     return added.conclude()
 
 

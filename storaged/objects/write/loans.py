@@ -109,15 +109,15 @@ class Wanted(NamedTuple):
 
 
 def introduce(
-    plane: ObjectPlane, owner: RegisterName, lender: BucketRecord, name: RegisterName, loan_id: bytes
+    plane: ObjectPlane, owner: RegisterName, owner_bucket: BucketRecord, name: RegisterName, loan_id: bytes
 ) -> tuple[Borrowed, Borrower]:
-    """What the records of the owner and of the borrowing key ``name`` will say of each other. ``lender``: the owner's
-    bucket."""
+    """What the records of the owner and of the borrowing key ``name`` will say of each other. ``owner_bucket``: that of
+    the owner."""
     now_ms = plane.clock.wall_ms()
     if owner.scope == name.scope:
         return Borrowed(owner.key, loan_id), Borrower(loan_id, name.key, now_ms)
     return (
-        Borrowed(owner.key, loan_id, owner.scope, owner.shard, lender.name),
+        Borrowed(owner.key, loan_id, owner.scope, owner.shard, owner_bucket.name),
         Borrower(loan_id, name.key, now_ms, b"", name.scope, name.shard),
     )
 
@@ -315,14 +315,14 @@ async def try_end_loan(plane: ObjectPlane, bucket: BucketRecord, borrowed: Borro
     """As ``end_loan``, in the background, of what a version of ``bucket`` has borrowed."""
     owner = name_of_owner(bucket, borrowed)
     try:
-        lender = await lender_of(plane, bucket, borrowed)
+        owner_bucket = await bucket_of_owner(plane, bucket, borrowed)
     except StoragedError:
         return
-    if lender is not None:
-        await _try_end(plane, lender, owner, borrowed.id)
+    if owner_bucket is not None:
+        await _try_end(plane, owner_bucket, owner, borrowed.id)
 
 
-async def lender_of(plane: ObjectPlane, bucket: BucketRecord, borrowed: Borrowed | None) -> BucketRecord | None:
+async def bucket_of_owner(plane: ObjectPlane, bucket: BucketRecord, borrowed: Borrowed | None) -> BucketRecord | None:
     """The bucket whose record has what a version of ``bucket`` has: its own, or that from which it was ``borrowed``.
     None: that can't be said now. Raises DataDamaged, ServiceUnavailable.
     """

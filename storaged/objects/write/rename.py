@@ -79,7 +79,7 @@ from storaged.objects.write.departures import (
     try_end_old,
 )
 from storaged.objects.write.lent_copy import SealedPages, is_coded, lent_of, replicas_answer
-from storaged.objects.write.loans import BORROWED_MAX, NotLent, Wanted, introduce, lender_of, with_loan
+from storaged.objects.write.loans import BORROWED_MAX, NotLent, Wanted, bucket_of_owner, introduce, with_loan
 from storaged.objects.write.outbox import Outgoing
 from storaged.objects.write.outbox import outgoing as outgoing_of
 from storaged.objects.write.put import DEK_BYTES, AddedVersion, NewObject, Write
@@ -234,11 +234,11 @@ class _Rename:
         plane, bucket, opened = self._plane, self._bucket, found.opened
         data = await lent_of(plane, bucket, self._asked.source, found)
         write = await self._write(opened, NewPart(bucket, self._new, opened.dek, opened.version.context_id))
-        lender = await lender_of(plane, bucket, opened.borrowed)
-        if lender is None or lender.state != ACTIVE:
+        owner_bucket = await bucket_of_owner(plane, bucket, opened.borrowed)
+        if owner_bucket is None or owner_bucket.state != ACTIVE:
             raise NotLent
         sealed = SealedPages(write, data)
-        borrowed, borrower = introduce(plane, owner, lender, self._new, self.id)
+        borrowed, borrower = introduce(plane, owner, owner_bucket, self._new, self.id)
         added = _Arriving(self, write, opened, sealed, borrowed, outgoing)
         wanted = Wanted(owner, data.data_ids, None, borrower, data.pages)
 
@@ -250,7 +250,7 @@ class _Rename:
 
             await change_once(plane, added.keys, self._new, added.update, after_promise)
 
-        await with_loan(plane, lender, wanted, commit_lent)
+        await with_loan(plane, owner_bucket, wanted, commit_lent)
         return added.conclude()
 
     async def _seal_anew(self, found: Found, outgoing: Outgoing | None) -> PutResult:
