@@ -218,6 +218,26 @@ def _within(wanted: str, value: str) -> bool:
     return address.version == network.version and address in network
 
 
+class _Networks:
+    """The networks of a condition, by their sizes. An address is looked up once for each size."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._by_size: dict[tuple[int, int], set[int]] = {}
+        for network in map(_network, texts):
+            host_bits = network.max_prefixlen - network.prefixlen
+            of_size = self._by_size.setdefault((network.version, host_bits), set())
+            of_size.add(int(network.network_address) >> host_bits)
+
+    def have(self, value: str) -> bool:
+        """As ``_within`` any of them. Raises ValueError."""
+        address = _address(value)
+        number, ours = int(address), address.version
+        return any(
+            ours == version and number >> host_bits in of_size
+            for (version, host_bits), of_size in self._by_size.items()
+        )
+
+
 def _arn_like(wanted: str, value: str) -> bool:
     """Each of the six parts matches on its own, so that a star does not cross a colon."""
     parts, values = wanted.split(":", 5), value.split(":", 5)
@@ -227,13 +247,15 @@ def _arn_like(wanted: str, value: str) -> bool:
 class Operator(NamedTuple):
     """``test(wanted, value)`` may raise ValueError for a ``value`` that is not of its kind: it does not match.
     ``check`` raises ValueError for a policy's value that can't be. ``negated``: it holds when no wanted value matches.
-    ``pattern``: variables in the wanted value are literal parts of a pattern.
+    ``pattern``: variables in the wanted value are literal parts of a pattern. ``gather(wanted values)``: a test of all
+    of them at once, for values without variables.
     """
 
     test: Callable[[str, str], bool]
     check: Callable[[str], object] = str
     negated: bool = False
     pattern: bool = False
+    gather: Callable[[Sequence[str]], Callable[[str], bool]] | None = None
 
 
 OPERATORS: Final[dict[str, Operator]] = {
@@ -252,7 +274,7 @@ OPERATORS: Final[dict[str, Operator]] = {
     "DateGreaterThanEquals": Operator(lambda wanted, value: _moment(value) >= _moment(wanted), _moment),
     "Bool": Operator(lambda wanted, value: _truth(wanted) == _truth(value), _truth),
     "BinaryEquals": Operator(lambda wanted, value: _binary(wanted) == _binary(value), _binary),
-    "IpAddress": Operator(_within, _network),
+    "IpAddress": Operator(_within, _network, gather=lambda wanted: _Networks(wanted).have),
     "ArnEquals": Operator(_arn_like),
     "ArnLike": Operator(_arn_like),
 }
@@ -285,6 +307,8 @@ class Condition(NamedTuple):
     if_exists: bool
     narrows: bool
     """With it a statement for everybody is not public."""
+    matches_any: Callable[[str], bool] | None = None
+    """Whether a value matches one of ``wanted``, where that can be said at once. Raises ValueError."""
 
     def holds(self, facts: Facts, variables: bool) -> bool:
         values = facts(self.key)
@@ -294,14 +318,23 @@ class Condition(NamedTuple):
             # a negated operator holds for a key that is not there, and so does ForAllValues
             return self.if_exists or self.quantifier == _SETS[0] or (self.operator.negated and not self.quantifier)
         wanted = self.wanted
-        if variables and not self.operator.pattern:
+        if variables and not self.operator.pattern and self.matches_any is None:
             wanted = tuple(text for each in wanted if (text := _expanded(each, facts, True)) is not None)
         if self.quantifier == _SETS[1]:
             return any(self._holds_for(wanted, value, facts, variables) for value in values)
         return all(self._holds_for(wanted, value, facts, variables) for value in values)
 
     def _holds_for(self, wanted: Sequence[str], value: str, facts: Facts, variables: bool) -> bool:
+        if self.matches_any is not None:
+            return self._matches_any(value) != self.operator.negated
         return any(self._matches(each, value, facts, variables) for each in wanted) != self.operator.negated
+
+    def _matches_any(self, value: str) -> bool:
+        assert self.matches_any is not None
+        try:
+            return self.matches_any(value)
+        except ValueError:
+            return False
 
     def _matches(self, wanted: str, value: str, facts: Facts, variables: bool) -> bool:
         if self.operator.pattern and variables:
@@ -356,7 +389,10 @@ def _condition(operator: Operator, bare: str, key: str, values: Any, quantifier:
                 operator.check(text)
             except (ValueError, OverflowError, binascii.Error):
                 raise MalformedPolicy(f"Invalid value for a condition of type {bare}", Detail=text[:100]) from None
-    return Condition(operator, key_named(key), wanted, quantifier, if_exists, _narrows(bare, if_exists, lower, wanted))
+    narrows = _narrows(bare, if_exists, lower, wanted)
+    gather = None if any("${" in text for text in wanted) else operator.gather
+    matches_any = gather(wanted) if gather is not None else None
+    return Condition(operator, key_named(key), wanted, quantifier, if_exists, narrows, matches_any)
 
 
 def _text(value: Any) -> str:
