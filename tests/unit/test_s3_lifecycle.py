@@ -44,6 +44,7 @@ def where(content: str) -> str:
 
 ABORT = "<AbortIncompleteMultipartUpload><DaysAfterInitiation>7</DaysAfterInitiation></AbortIncompleteMultipartUpload>"
 MARKER = "<Expiration><ExpiredObjectDeleteMarker>true</ExpiredObjectDeleteMarker></Expiration>"
+KEPT = "<Expiration><ExpiredObjectDeleteMarker>false</ExpiredObjectDeleteMarker></Expiration>"
 
 WRONG = [
     ("no rules", document(), "MalformedXML"),
@@ -179,6 +180,29 @@ def test_a_document_is_printed_as_it_was_sent() -> None:
     old = document(rule(DAYS, rule_id="1", where="<Prefix></Prefix>"))
     assert b"<Prefix></Prefix>" in show(parse(old)[0])
     assert b"<Filter>" not in show(parse(old)[0])
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        rule(DAYS, rule_id="1", where=where("<Prefix></Prefix>")),
+        rule(DAYS, rule_id="1", where=where("")),
+        rule(DAYS, rule_id="1", where=where(f"<And><Prefix></Prefix>{TAG}</And>")),
+        rule(DAYS, rule_id="1", where=where(f"<And>{TAG}<ObjectSizeLessThan>9</ObjectSizeLessThan></And>")),
+        rule(KEPT, rule_id="1"),
+        rule(KEPT, noncurrent(3), rule_id="1"),
+    ],
+)
+def test_what_says_nothing_is_printed_as_it_was_sent(sent: str) -> None:
+    """Terraform writes ``filter {}`` as an empty prefix, and waits until it reads that, for three minutes. The tests of
+    its provider, which run against AWS, have a rule whose only action is ``expired_object_delete_marker = false``."""
+    value, _ = parse(document(sent))
+    inner = sent.replace("<Filter/>", "<Filter></Filter>")
+    assert sorted(show(value).decode().partition("<Rule>")[2]) == sorted(
+        document(inner).decode().partition("<Rule>")[2]
+    )
+    assert parse(show(value))[0] == value
+    assert not Rules(value.rules).markers or DAYS in sent
 
 
 def test_a_rule_without_an_id_gets_one() -> None:

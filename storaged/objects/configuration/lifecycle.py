@@ -18,7 +18,8 @@ AND = "And"
 
 class LifecycleFilter(Message, frozen=True):
     """Which objects a rule is for: all conditions must hold. ``larger_than``, ``smaller_than``: sizes in bytes, both
-    exclusive. ``form``: how the client wrote it: OLD, ONE (at most one condition), or AND.
+    exclusive. ``form``: how the client wrote it: OLD, ONE (at most one condition), or AND. ``empty_prefix``: it wrote a
+    prefix without any text. That is no condition, but clients compare what they read with what they wrote.
     """
 
     prefix: str = ""
@@ -26,6 +27,7 @@ class LifecycleFilter(Message, frozen=True):
     larger_than: int | None = None
     smaller_than: int | None = None
     form: str = ONE
+    empty_prefix: bool = False
 
 
 class LifecycleRule(Message, frozen=True):
@@ -35,6 +37,7 @@ class LifecycleRule(Message, frozen=True):
     milliseconds since 1970). ``marker``: a delete marker goes when it is the last version of its key.
     ``noncurrent_days``: so long after a version got a successor it is deleted, unless it is among the
     ``newer_noncurrent`` newest of the noncurrent ones. ``abort_days``: after it was begun an upload is aborted.
+    ``marker_stays``: the client wrote that such a delete marker does not go. That is no action, and shown again.
     """
 
     id: str
@@ -46,6 +49,7 @@ class LifecycleRule(Message, frozen=True):
     noncurrent_days: int = 0
     newer_noncurrent: int = 0
     abort_days: int = 0
+    marker_stays: bool = False
 
 
 class Lifecycle(Message, frozen=True):

@@ -111,7 +111,7 @@ def _text(node: xml.Node | None) -> str:
 
 
 def _check_actions(rule: LifecycleRule) -> None:
-    if not (rule.days or rule.date_ms or rule.marker or rule.noncurrent_days or rule.abort_days):
+    if not (rule.days or rule.date_ms or rule.marker or rule.marker_stays or rule.noncurrent_days or rule.abort_days):
         raise errors.InvalidRequest("At least one action needs to be specified in a rule.")
     wanted = rule.filter
     sized = wanted.larger_than is not None or wanted.smaller_than is not None
@@ -173,7 +173,7 @@ def _with_expiration(rule: LifecycleRule, node: xml.Node) -> LifecycleRule:
     marker = fields["ExpiredObjectDeleteMarker"].strip()
     if marker not in ("true", "false"):
         raise errors.MalformedXML()
-    return replace(rule, marker=marker == "true")
+    return replace(rule, marker=marker == "true", marker_stays=marker == "false")
 
 
 def _with_noncurrent(rule: LifecycleRule, node: xml.Node) -> LifecycleRule:
@@ -221,7 +221,7 @@ def _conditions(nodes: Sequence[xml.Node], form: str, known: bool) -> LifecycleF
     larger, smaller = sizes.get("ObjectSizeGreaterThan"), sizes.get("ObjectSizeLessThan")
     if larger is not None and smaller is not None and smaller <= larger:
         raise errors.InvalidRequest("'ObjectSizeLessThan' has to be a value greater than 'ObjectSizeGreaterThan'.")
-    return LifecycleFilter(prefix, _tags(nodes), larger, smaller, form)
+    return LifecycleFilter(prefix, _tags(nodes), larger, smaller, form, empty_prefix=bool(prefixes) and not prefix)
 
 
 def _prefix(text: str) -> str:
@@ -280,7 +280,9 @@ def _shown_expiration(rule: LifecycleRule) -> str:
         return f"<Expiration>{xml.element('Days', rule.days)}</Expiration>"
     if rule.date_ms:
         return f"<Expiration>{xml.element('Date', xml.iso_time(rule.date_ms))}</Expiration>"
-    return f"<Expiration>{xml.boolean('ExpiredObjectDeleteMarker', True)}</Expiration>" if rule.marker else ""
+    if rule.marker or rule.marker_stays:
+        return f"<Expiration>{xml.boolean('ExpiredObjectDeleteMarker', rule.marker)}</Expiration>"
+    return ""
 
 
 def _shown_noncurrent(rule: LifecycleRule) -> str:
@@ -294,7 +296,7 @@ def _shown_noncurrent(rule: LifecycleRule) -> str:
 def _shown_filter(wanted: LifecycleFilter) -> str:
     if wanted.form == OLD:
         return xml.element("Prefix", wanted.prefix)
-    conditions = xml.optional("Prefix", wanted.prefix)
+    conditions = xml.element("Prefix", wanted.prefix) if wanted.prefix or wanted.empty_prefix else ""
     for name, value in wanted.tags.items():
         conditions += f"<Tag>{xml.element('Key', name)}{xml.element('Value', value)}</Tag>"
     if wanted.larger_than is not None:
