@@ -535,3 +535,19 @@ async def test_lists_of_buckets_come_in_pages(world: World) -> None:
         assert [bucket["Name"] for bucket in client.list_buckets(Prefix="b")["Buckets"]] == ["bbb", "bucket"]
 
     await asyncio.to_thread(run)
+
+
+async def test_the_source_of_a_copy_may_be_encoded_as_a_query_is(world: World) -> None:
+    """As Terraform's ``aws_s3_object_copy`` does, by Go's ``url.QueryEscape``."""
+    client = world.client()
+
+    def escaped(params: Any, **_: object) -> None:
+        params["headers"]["x-amz-copy-source"] = "bucket%2Fs%C3%B6urce+%2B%25"
+
+    def run() -> None:
+        client.put_object(Bucket="bucket", Key="söurce +%", Body=b"data")
+        client.meta.events.register("before-call.s3.CopyObject", escaped)
+        client.copy_object(Bucket="bucket", Key="copied", CopySource="bucket/it")
+        assert client.get_object(Bucket="bucket", Key="copied")["Body"].read() == b"data"
+
+    await asyncio.to_thread(run)

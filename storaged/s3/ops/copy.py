@@ -37,11 +37,13 @@ _RANGE = "x-amz-copy-source-range"
 
 
 async def _source(front: Front, request: Request) -> tuple[Grant, bytes, str]:
-    """(grant to read it, key, version id) of x-amz-copy-source: ``/bucket/key?versionId=...``, percent-encoded. Raises
-    InvalidArgument, AccessDenied, NoSuchBucket."""
+    """(grant to read it, key, version id) of x-amz-copy-source: ``/bucket/key?versionId=...``, percent-encoded. A plus
+    is a space, as on AWS: Terraform's provider, and other clients in Go, encode the whole as a query does. A key with
+    a plus has to say %2B (https://github.com/aws/aws-sdk-js/issues/1821). Raises InvalidArgument, AccessDenied,
+    NoSuchBucket."""
     raw = request.headers[_SOURCE].encode("utf-8", "surrogateescape")
     path, mark, version = raw.partition(b"?versionId=")
-    bucket_bytes, slash, key = unquote_to_bytes(path).removeprefix(b"/").partition(b"/")
+    bucket_bytes, slash, key = unquote_to_bytes(path.replace(b"+", b" ")).removeprefix(b"/").partition(b"/")
     if not bucket_bytes or not slash or not key or (mark and not version):
         raise errors.InvalidArgument(
             "Copy Source must mention the source bucket and key: sourcebucket/sourcekey",
