@@ -41,10 +41,7 @@ OLD = {
 ELSEWHERE = {"WriteGetObjectResponse": "none"}
 """Operations that no request to this server can be."""
 
-LISTS = {
-    f"ListBucket{kind}Configurations": f"GetBucket{kind}Configuration"
-    for kind in ("Analytics", "Metrics", "IntelligentTiering")
-} | {"ListObjectAnnotations": "GetObjectAnnotation"}
+LISTS = {"ListObjectAnnotations": "GetObjectAnnotation"}
 """Operations whose requests differ from another's by an ``id`` that is missing, and the row that answers both."""
 
 _NO_EVENT_HOLD = "event holds are not implemented"

@@ -94,7 +94,7 @@ def _change(
 
 
 def _get_never_set(name: str, error: type[errors.S3Error]) -> Operation:
-    """Reads a configuration that can't have been set."""
+    """Reads, or removes, a configuration that can't have been set."""
 
     async def handler(front: Front, request: Request) -> Reply:
         raise error(BucketName=request.bucket)
@@ -156,14 +156,16 @@ def _configured(name: str, row: configuration.Row[Any], document: Document) -> M
     }
 
 
-def _named(name: str) -> Methods:
-    """Configurations of which a bucket may have many."""
-    return _none_implemented(
-        **{
-            method: f"{verb}Bucket{name}Configuration"
-            for method, verb in (("GET", "Get"), ("PUT", "Put"), ("DELETE", "Delete"))
-        }
-    )
+def _named(name: str, root: str) -> Methods:
+    """Configurations of which a bucket may have many, and none can be set. Tools that take stock of an account read
+    them all, and stop at a 501. ``root``: the document element of AWS's list."""
+    missing = errors.NoSuchConfiguration
+    unnamed = _get_fixed(f"ListBucket{name}Configurations", root, xml.boolean("IsTruncated", False))
+    return {
+        "GET": replace(_get_never_set(f"GetBucket{name}Configuration", missing), unnamed=unnamed),
+        "PUT": _not_implemented(f"PutBucket{name}Configuration"),
+        "DELETE": _get_never_set(f"DeleteBucket{name}Configuration", missing),
+    }
 
 
 def _several(name: str, row: configuration.NamedRow[Any, Any], document: Document) -> Methods:
@@ -251,10 +253,10 @@ BUCKET: dict[str, Methods] = {
         "GET": _get_fixed("GetBucketRequestPayment", "RequestPaymentConfiguration", "<Payer>BucketOwner</Payer>"),
         "PUT": _not_implemented("PutBucketRequestPayment"),
     },
-    "analytics": _named("Analytics"),
+    "analytics": _named("Analytics", "ListBucketAnalyticsConfigurationResult"),
     "inventory": _several("Inventory", inventory.BUCKET_INVENTORIES, SMALL),
-    "metrics": _named("Metrics"),
-    "intelligent-tiering": _named("IntelligentTiering"),
+    "metrics": _named("Metrics", "ListMetricsConfigurationsResult"),
+    "intelligent-tiering": _named("IntelligentTiering", "ListBucketIntelligentTieringConfigurationsOutput"),
     "abac": _none_implemented(GET="GetBucketAbac", PUT="PutBucketAbac"),
     "session": _none_implemented(GET="CreateSession"),
     "metadataConfiguration": _none_implemented(

@@ -551,3 +551,18 @@ async def test_the_source_of_a_copy_may_be_encoded_as_a_query_is(world: World) -
         assert client.get_object(Bucket="bucket", Key="copied")["Body"].read() == b"data"
 
     await asyncio.to_thread(run)
+
+
+@pytest.mark.parametrize("kind", ["analytics", "intelligent_tiering", "metrics"])
+async def test_what_can_not_be_configured_is_read_as_never_configured(world: World, kind: str) -> None:
+    client = world.client()
+
+    def run() -> None:
+        found = getattr(client, f"list_bucket_{kind}_configurations")(Bucket="bucket")
+        assert found["IsTruncated"] is False
+        for verb in ("get", "delete"):
+            call = getattr(client, f"{verb}_bucket_{kind}_configuration")
+            assert refused(call, Bucket="bucket", Id="x") == (404, "NoSuchConfiguration")
+            assert refused(call, Bucket="nowhere", Id="x") == (404, "NoSuchBucket")
+
+    await asyncio.to_thread(run)

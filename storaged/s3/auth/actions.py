@@ -68,6 +68,11 @@ ACTIONS: Final[dict[str, Action]] = {
     "DeleteBucketEncryption": _of_bucket("s3:PutEncryptionConfiguration"),
     "GetObjectLockConfiguration": _of_bucket("s3:GetBucketObjectLockConfiguration"),
     "PutObjectLockConfiguration": _of_bucket("s3:PutBucketObjectLockConfiguration"),
+    **{
+        f"{verb}Bucket{kind}Configuration{ending}": _of_bucket(f"s3:{right}{kind}Configuration")
+        for kind in ("Analytics", "IntelligentTiering", "Metrics")
+        for verb, ending, right in (("Get", "", "Get"), ("List", "s", "Get"), ("Put", "", "Put"), ("Delete", "", "Put"))
+    },
     "GetBucketInventoryConfiguration": _of_bucket("s3:GetInventoryConfiguration"),
     "ListBucketInventoryConfigurations": _of_bucket("s3:GetInventoryConfiguration"),
     "PutBucketInventoryConfiguration": _of_bucket("s3:PutInventoryConfiguration"),
