@@ -19,6 +19,8 @@ SHARDS = "storaged/meta/listing/shards.py"
 CACHE = "storaged/meta/listing/cache.py"
 DIFFERENCES = "storaged/meta/listing/differences.py"
 RANGES = "storaged/meta/storage/dirty_ranges.py"
+SCAN = "storaged/meta/storage/scan.py"
+COMPARING = "storaged/meta/listing/comparing.py"
 
 _STORES = (
     Planted(
@@ -171,6 +173,11 @@ _STORES = (
     ),
 )
 
+_DAMAGED = (
+    "tests/unit/test_meta_listing.py"
+    "::test_a_damaged_row_of_one_replica_is_never_taken_for_absent_where_rows_of_any_replica_count"
+)
+
 _LISTS = (
     Planted(
         "last_rows_not_brought_up",
@@ -281,6 +288,28 @@ _LISTS = (
         AGREEMENT,
         "        if group and group not in shown and settled.horizons.get(group) == key:\n",
         "        if False:\n",
+    ),
+    Planted(
+        "damaged_row_not_shown",
+        "a replica does not name its damaged rows among those that are visible",
+        0,
+        "lending",
+        SCAN,
+        "                if everything or shipped:",
+        "                if everything:",
+        tests=_DAMAGED,
+        why="The row that is damaged has to be the only one that shows that there is something.",
+    ),
+    Planted(
+        "damaged_row_is_absent",
+        "a damaged row counts as none where rows of any replica count",
+        0,
+        "lending",
+        COMPARING,
+        '                    raise ServiceUnavailable("A row is damaged at one of its replicas.")\n',
+        "                    continue\n",
+        tests=_DAMAGED,
+        why="The row that is damaged has to be the only one that shows that there is something.",
     ),
 )
 

@@ -399,6 +399,19 @@ async def test_rows_of_any_replica_are_found_behind_very_many_deleted_keys() -> 
     assert found == [b"z"]
 
 
+async def test_a_damaged_row_of_one_replica_is_never_taken_for_absent_where_rows_of_any_replica_count() -> None:
+    """Where the others have missed a row, the damaged one is all that is left of it."""
+    ring = Ring()
+    name = name_of(b"a")
+    only = ring.replicas_of(name)[0]
+    await ring.put(only, name, value_of(1), 1)
+    ring.stores[only].damage(name)
+    wanted = PageQuery(Table.OBJECT, BUCKET, range(1))
+    for everyone in (True, False):
+        with pytest.raises(ServiceUnavailable, match="damaged"):
+            _ = [row async for row in ring.scanner.rows_anywhere(wanted, everyone=everyone)]
+
+
 async def test_rows_of_any_replica_wait_for_one_that_hangs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparing, "PATIENCE_S", 0.5)
     ring = Ring(examine_max=2)

@@ -178,9 +178,10 @@ async def test_a_damaged_row_equals_no_other_replicas_even_when_that_is_damaged_
         store.damage(RegisterName(Table.OBJECT, SCOPE, 0, b"a"))
     damaged = [scan(store, disk=disk).digest for store, disk in zip(stores, ("d0", "d1"), strict=True)]
     assert len({sound, *damaged}) == 3
-    assert keys(scan(stores[0])) == []
-    [row] = decode_rows(scan(stores[0], want=Want.ALL).rows)
-    assert (row.ballot, row.value) == (b"", None)
+    assert list(scan(stores[0], want=Want.HEADS).keys) == []
+    for want in (Want.VISIBLE, Want.ALL):  # nobody can tell whether it counts as an entry
+        [row] = decode_rows(scan(stores[0], want=want).rows)
+        assert (row.key, row.ballot, row.value) == (b"a", b"", None)
 
 
 async def test_a_request_beyond_the_limits_is_refused() -> None:

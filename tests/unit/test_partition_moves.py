@@ -366,6 +366,17 @@ async def test_a_disk_whose_rows_can_not_be_read_does_not_say_how_many_it_has(wo
         await world.client.moves.count_keys(JOINT, "a0", 100)
 
 
+async def test_a_row_that_is_damaged_is_none_that_a_disk_has(world: World) -> None:
+    """Nothing can be got back from it."""
+    shard, replica = next(ranges_of_it()), world.ring.replicas["a0"]
+    for key in (b"k", b"l"):
+        name = RegisterName(shard[0], shard[1:17], shard[17], key)
+        create = Create("a0", name, Ballot(1, 1, "g", bytes(8)), Value(1, bytes(16), Visibility.LIVE, b""))
+        assert not (await replica.accept(create)).verdict
+    assert world.ring.stores["a0"].damage(name)
+    assert await world.client.moves.count_keys(JOINT, "a0", 100) == 1
+
+
 def test_a_merged_scope_keeps_the_newest_of_each_kind() -> None:
     one = FencesReply((ScopeFence(SCOPE, b"n2", False, b"n1"), ScopeFence(OTHER, b"n5", True, b"")), False)
     two = FencesReply((ScopeFence(SCOPE, b"", False, b"n2"), ScopeFence(THIRD, b"n1", False, b"")), False)

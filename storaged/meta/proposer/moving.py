@@ -227,7 +227,7 @@ class PartitionMoves:
                 raise ServiceUnavailable(f"disk {disk} does not say which keys it has of partition {state.partition}")
             part = reply.slices[0]
             try:
-                found += [row.key for row in decode_rows(part.rows)]
+                found += [row.key for row in decode_rows(part.rows) if row.value is not None]
             except MsgspecError:
                 raise ServiceUnavailable(f"disk {disk} sends rows that can't be read") from None
             if part.done or part.through <= after:

@@ -72,7 +72,7 @@ of them cost about as much as the seek.
 class Want(IntEnum):
     DIGEST = 0
     VISIBLE = 1
-    """The rows that count as entries."""
+    """The rows that count as entries, and those that are damaged, of which nobody can tell."""
     ALL = 2
     """Every row looked at, to find where replicas differ."""
     STAMPS = 3
@@ -408,7 +408,7 @@ class _ShardScan:
             through, group = key, b""
             if (verified or len(row) < STAMP_BYTES) and not sound_check(seed, key, row):
                 stamps.append(self._damaged_mark)
-                if everything:
+                if everything or shipped:  # it may be visible: who asks what no replica has must know
                     self._rows.append((key, b"", 0, None))
                 continue
             stamps.append(row[:STAMP_BYTES])
