@@ -214,7 +214,7 @@ _PROPOSERS = (
         path=PROPOSER,
         old="        if copies is None and (found is None or change.payload != found.payload):\n",
         new="        if copies is None:\n",
-        tests="tests/integration/test_small_copies.py",
+        tests="tests/unit/test_change_ends.py::test_a_change_that_keeps_the_copy_of_a_settled_record_sends_none",
         why=(
             "A replica without the copy refuses the row (rule 22), and the next read settles the record with its "
             "copy. So it costs refused changes until then."

@@ -167,7 +167,7 @@ LENDING_BUGS = (
         "a copy to a bucket with other countries borrows the data of its source, too",
         0,
         path="storaged/objects/code/lending.py",
-        old="    return lender.id == bucket.id or set(lender.countries) == set(bucket.countries)\n",
+        old="    return owner_bucket.id == bucket.id or set(owner_bucket.countries) == set(bucket.countries)\n",
         new="    return True\n",
         tests="tests/unit/test_objects_lenders.py::test_buckets_with_other_countries_do_not_lend",
     ),
