@@ -48,7 +48,7 @@ _ACCEPTORS = (
     Planted(
         "evicted_without_floor",
         "a promise that is evicted raises no floor",
-        200,
+        600,
         path=ACCEPTOR,
         old="            self._raise_common(evicted)\n",
         new="",

@@ -198,7 +198,7 @@ FLOOR_BUGS = (
     Planted(
         "floors_durable",
         "without floors_durable",
-        150,
+        375,
         "expunging",
         rule="floors_durable",
         first=7_000,

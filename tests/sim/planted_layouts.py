@@ -44,7 +44,7 @@ LAYOUT_BUGS = (
     Planted(
         "accepted_undecided",
         "a node accepts a layout that the register does not hold",
-        100,
+        365,
         "layouts",
         _ACCEPTING,
         "        if decided is None or decided.payload != signed.payload:\n",
@@ -63,7 +63,7 @@ LAYOUT_BUGS = (
     Planted(
         "decided_is_replaced",
         "the register takes another layout though the one that it holds is decided and not yet in force",
-        100,
+        270,
         "layouts",
         _APPLYING,
         "held is None or held.hash != layout.predecessor or is_pending(held, self._layouts)",

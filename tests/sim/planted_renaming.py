@@ -26,7 +26,7 @@ RENAMING_BUGS = (
     Planted(
         "departure_mark_not_looked_at",
         "a rename is content with a departure that is marked",
-        190,
+        450,
         _PLAY,
         _DEPARTURES,
         "    if found is None or found.id != departure_id or found.ending:\n",
@@ -151,7 +151,7 @@ RENAMING_BUGS = (
     Planted(
         "one_part_of_a_loan_refers",
         "of what is lent only the first part is referred to",
-        50,
+        100,
         _PLAY,
         "storaged/objects/write/references.py",
         "    return {part.data_id: checked(part) for loan in loans for part in loan.parts}\n",

@@ -9,7 +9,7 @@ from tests.sim.planted import Planted
 
 _RING = {
     "sync_before_answer": 100,
-    "promises_survive_restart": 1200,
+    "promises_survive_restart": 4000,
     "read_same_ballot": 200,
     "differing_settled": 200,
     "failed_condition_settles": 300,
@@ -70,7 +70,7 @@ AUTHORITY_BUGS = (
     Planted(
         "never_by_storage_nodes",
         "a storage node may prepare, and write NEVER where the acceptor has accepted nothing",
-        1000,
+        3000,
         "hostile",
         _AUTHORITY,
         _JUDGE,

@@ -26,7 +26,7 @@ _STORES = (
     Planted(
         "replay_skips_last",
         "a start leaves out the last group of the redo log",
-        50,
+        120,
         "files",
         OPENING,
         "        for body in state.redo.bodies:\n",

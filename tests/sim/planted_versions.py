@@ -31,7 +31,7 @@ VERSION_BUGS = (
     Planted(
         "page_after_the_head",
         "a new page is written when the record that names it is accepted",
-        40,
+        150,
         _PLAY,
         _VERSIONED,
         "    except PagesToPut:\n"

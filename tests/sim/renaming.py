@@ -52,6 +52,8 @@ OLD_MS = -(1 << 50)
 
 class Renaming(Lending):
     with_versions = b""
+    naps_after_rounds = 0.5
+    """Who ends a departure is slow to remove it: so others meet it while it is marked."""
 
     def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
         super().__init__(seed, loop, rules)
