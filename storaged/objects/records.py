@@ -98,11 +98,14 @@ class Version(Message, frozen=True):
 
 
 class Lock(Message, frozen=True):
-    """What keeps a version (``code.lock``): a retention of ``mode`` (empty: none) until ``until_ms``, a legal hold."""
+    """What keeps a version (``code.lock``): a retention of ``mode`` (empty: none) until ``until_ms``, a legal hold.
+    ``released``: a client has said that there is no legal hold. That keeps nothing; a read shows the hold as off, where
+    it shows none of a version of which nobody ever said anything."""
 
     mode: str = ""
     until_ms: int = 0
     hold: bool = False
+    released: bool = False
 
 
 class Kept(Message, frozen=True):

@@ -36,7 +36,7 @@ def asked_lock(headers: Mapping[str, str]) -> Lock | None:
         raise errors.InvalidArgument(
             "Legal Hold must be either of 'ON' or 'OFF'", ArgumentName=_HOLD, ArgumentValue=hold or ""
         )
-    return Lock(mode or "", until_ms, hold == "ON")
+    return Lock(mode or "", until_ms, hold == "ON", hold == "OFF")
 
 
 def bypasses(headers: Mapping[str, str]) -> bool:
@@ -45,10 +45,13 @@ def bypasses(headers: Mapping[str, str]) -> bool:
 
 
 def lock_headers(lock: Lock | None, headers: dict[str, str]) -> None:
-    """What the answer of a read says of the version's lock."""
+    """What the answer of a read says of the version's lock. A legal hold of which nobody ever said anything is not
+    shown, as on AWS: Terraform would take it for a setting to remove.
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadObject.html"""
     if lock is None:
         return
     if lock.mode:
         headers[_MODE] = lock.mode
         headers[_UNTIL] = xml.iso_time(lock.until_ms)
-    headers[_HOLD] = "ON" if lock.hold else "OFF"
+    if lock.hold or lock.released:
+        headers[_HOLD] = "ON" if lock.hold else "OFF"

@@ -553,6 +553,35 @@ async def test_the_source_of_a_copy_may_be_encoded_as_a_query_is(world: World) -
     await asyncio.to_thread(run)
 
 
+async def test_a_legal_hold_is_shown_once_somebody_spoke_of_it(world: World) -> None:
+    """HeadObject's documentation: the header «is not returned if the specified version of this object has never had a
+    legal hold applied». Terraform tries to remove one that it did not ask for, and fails."""
+    client = world.client()
+
+    def shown(key: str) -> tuple[str | None, str | None]:
+        for read in (client.head_object, client.get_object):
+            found = read(Bucket="locked", Key=key)
+        return found.get("ObjectLockMode"), found.get("ObjectLockLegalHoldStatus")
+
+    def run() -> None:
+        client.create_bucket(Bucket="locked", ObjectLockEnabledForBucket=True)
+        default = {"ObjectLockEnabled": "Enabled", "Rule": {"DefaultRetention": {"Mode": "GOVERNANCE", "Days": 1}}}
+        client.put_object(Bucket="locked", Key="bare", Body=b"x")
+        assert shown("bare") == (None, None)
+        client.put_object_lock_configuration(Bucket="locked", ObjectLockConfiguration=default)
+        client.put_object(Bucket="locked", Key="k", Body=b"x")
+        assert shown("k") == ("GOVERNANCE", None)
+        client.put_object(Bucket="locked", Key="off", Body=b"x", ObjectLockLegalHoldStatus="OFF")
+        assert shown("off") == ("GOVERNANCE", "OFF")
+        for key, mode in (("k", "GOVERNANCE"), ("bare", None)):
+            for status in ("ON", "OFF"):
+                client.put_object_legal_hold(Bucket="locked", Key=key, LegalHold={"Status": status})
+                assert shown(key) == (mode, status)
+                assert client.get_object_legal_hold(Bucket="locked", Key=key)["LegalHold"]["Status"] == status
+
+    await asyncio.to_thread(run)
+
+
 @pytest.mark.parametrize("kind", ["analytics", "intelligent_tiering", "metrics"])
 async def test_what_can_not_be_configured_is_read_as_never_configured(world: World, kind: str) -> None:
     client = world.client()

@@ -36,13 +36,13 @@ def with_retention(lock: Lock | None, mode: str, until_ms: int, now_ms: int, *, 
         longer = mode == before.mode and until_ms >= before.until_ms
         if not longer and not (bypass and before.mode == GOVERNANCE):
             raise AccessDenied(_LOCKED)
-    return _kept(Lock(mode, until_ms if mode else 0, before.hold))
+    return _kept(Lock(mode, until_ms if mode else 0, before.hold, before.released))
 
 
 def with_hold(lock: Lock | None, hold: bool) -> Lock | None:
     before = lock or Lock()
-    return _kept(Lock(before.mode, before.until_ms, hold))
+    return _kept(Lock(before.mode, before.until_ms, hold, not hold))
 
 
 def _kept(lock: Lock) -> Lock | None:
-    return lock if lock.mode or lock.hold else None
+    return lock if lock.mode or lock.hold or lock.released else None

@@ -41,7 +41,8 @@ def lock_of_new(plane: ObjectPlane, bucket: BucketRecord, asked: Lock | None) ->
     if found is None or not found.mode or (asked is not None and asked.mode):
         return asked
     lasts_ms = (found.days + 365 * found.years) * DAY_MS
-    return Lock(found.mode, now_ms + lasts_ms, asked is not None and asked.hold)
+    asked = asked or Lock()
+    return Lock(found.mode, now_ms + lasts_ms, asked.hold, asked.released)
 
 
 async def set_retention(
