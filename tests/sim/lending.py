@@ -77,7 +77,7 @@ class _Sleepy:
 
     async def settle(self, name: RegisterName, **how: Any) -> Value | None:
         value: Value | None = await self._client.settle(name, **how)
-        await self._play.nap(self._play.naps_after_rounds)
+        await self._play.nap_after_round()
         return value
 
 
@@ -100,15 +100,19 @@ class _Held:
 class Lending(Versions):
     with_versions = KEYS[2]
     """The key that has versioning."""
-    naps_after_rounds = 0.1
-    """How many of the rounds a gateway pauses after."""
 
     def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
         super().__init__(seed, loop, rules)
         self._luck = random.Random(f"lending {seed}")
         self._garbage: list[tuple[str, Retirement]] = []
 
-    async def nap(self, share: float = 0.1) -> None:
+    async def nap(self) -> None:
+        await self._nap(0.1)
+
+    async def nap_after_round(self) -> None:
+        await self.nap()
+
+    async def _nap(self, share: float) -> None:
         if not self._healed and self._luck.random() < share:
             await asyncio.sleep(self._luck.uniform(0.1, 8.0))
 

@@ -52,8 +52,6 @@ OLD_MS = -(1 << 50)
 
 class Renaming(Lending):
     with_versions = b""
-    naps_after_rounds = 0.5
-    """Who ends a departure is slow to remove it: so others meet it while it is marked."""
 
     def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
         super().__init__(seed, loop, rules)
@@ -87,6 +85,10 @@ class Renaming(Lending):
             await super()._note(work)
         except (Changed, Departing):
             self.found.refused += 1
+
+    async def nap_after_round(self) -> None:
+        """Who ends a departure is slow to remove it: so others meet it while it is marked."""
+        await self._nap(0.5)
 
     # --- renames
 
