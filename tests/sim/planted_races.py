@@ -86,8 +86,8 @@ RACE_BUGS = (
         20,
         _PLAY,
         _LOCK,
-        "    return _kept(Lock(before.mode, before.until_ms, hold))\n",
-        '    return _kept(Lock("", 0, hold))\n',
+        "    return _kept(Lock(before.mode, before.until_ms, hold, not hold))\n",
+        '    return _kept(Lock("", 0, hold, not hold))\n',
         fast=True,
     ),
     Planted(
