@@ -7,15 +7,25 @@ import gc
 import os
 from typing import Any
 
+import msgspec
 import pytest
 
+from storaged.cluster.layout import Profile
 from storaged.errors import KeyringUnavailable, NoSuchKey
-from storaged.objects.api import ObjectInfo, ReadResult
+from storaged.fragments.ports import FragmentId
+from storaged.maintain.moved_record import body_after
+from storaged.maintain.moves import MoveAsk
+from storaged.meta.names import Change, object_name
+from storaged.meta.ports import Reading
+from storaged.objects.api import CopySource, FailedRead, ObjectInfo, ReadResult
+from storaged.objects.code.versions import Place, decode_record
+from storaged.objects.read.borrowed import find_data
 from storaged.objects.read.streams import VerifiedStream
 from storaged.objects.read.window import WindowJob
+from storaged.objects.records import sharing_of
 from storaged.objects.service import ObjectService
 from tests.doubles.disks import FarDisk
-from tests.worlds.objects import World, bucket_of, entry_of, put
+from tests.worlds.objects import OWNER, World, bucket_of, entry_of, put
 
 pytestmark = pytest.mark.virtual_time
 
@@ -277,4 +287,159 @@ async def test_a_head_reads_no_fragment() -> None:
     rig.objects.try_read(rig.bucket, b"key", False, told.set_result)
     assert isinstance(await told, ObjectInfo)
     assert rig.fragment_reads() == before
+    await rig.close()
+
+
+# --- copies, whose data another key's record names
+
+
+class CopyRig(Rig):
+    """``key`` is a copy of ``source``, and was read once. ``owner_reads``: of the record of ``source`` since."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owner_reads = 0
+        ring: Any = self.world.ring
+        read = ring.read
+
+        def counted(*which: Any, **how: Any) -> Any:
+            self.owner_reads += which[0].key == b"source"
+            return read(*which, **how)
+
+        ring.read = counted
+
+    async def make(self) -> bytes:
+        data = os.urandom(SIZE)
+        await put(self.other, self.bucket, data, key=b"source")
+        await self.other.copy(CopySource(self.bucket, b"source"), self.bucket, b"key", owner=OWNER, meta=None)
+        assert await self.by_task() == data
+        self.owner_reads = 0
+        return data
+
+    async def by_task(self) -> bytes:
+        """As a connection whose callbacks leave the request to its task."""
+        reading = await self.begin()
+        assert isinstance(reading, Reading | FailedRead)
+        failed = reading.error if isinstance(reading, FailedRead) else None
+        if isinstance(reading, FailedRead):
+            reading = reading.reading
+        stream = await self.objects.get(self.bucket, b"key", reading=reading, failed=failed)
+        return b"".join([bytes(piece) async for piece in stream.chunks()])
+
+    async def places(self) -> list[tuple[str, FragmentId]]:
+        """The disks that have the copy's data, and which fragment each has."""
+        found = await find_data(self.other.plane, self.bucket, b"key", "")
+        return self.world.disks.of(found.opened.version.parts[0].data_id)
+
+    async def move(self, *positions: int) -> None:
+        """These fragments go to the disk that has the last one, and the owner's record says so."""
+        places = {fragment.position: (name, fragment) for name, fragment in await self.places()}
+        to = places[max(places)][0]
+        owner = object_name(self.bucket.id, self.bucket.shard_numbers, b"source")
+        value = self.world.ring.values[owner]
+        [loan] = sharing_of(decode_record(value)).loans
+        assert loan.part is not None
+        run = loan.part.runs[0]
+        moved = msgspec.structs.replace(run, moved=dict.fromkeys(positions, to))
+        ask = MoveAsk(owner.pack(), loan.part.data_id, run, moved)
+        after = await body_after(self.other.plane.pages, owner, value, [(ask, Profile(run.k, run.m))])
+        assert after is not None
+        change = Change(after[0], value.visibility, value.payload)
+        await self.other.plane.registers.change(owner, lambda _value: change)
+        disks = self.world.disks.disks
+        for name, fragment in (places[position] for position in positions):
+            if name != to:
+                await disks[to].write(disks[name].header(fragment), [disks[name].payload(fragment)])
+                disks[name].lose(fragment)
+        self.owner_reads = 0
+
+    def guess_nothing(self) -> None:
+        """The next read is no guess, as after a wrong one."""
+        self.objects.plane.opened_records._records[Place(self.bucket.id, b"key")].steady = False
+
+
+async def test_a_copy_that_was_read_lately_costs_no_read_of_its_owners_record() -> None:
+    rig = CopyRig()
+    data = await rig.make()
+    rig.record_comes.clear()
+    before = rig.fragment_reads()
+    told = rig.begin()
+    await asyncio.sleep(0.01)
+    assert rig.fragment_reads() == before + 4
+    rig.record_comes.set()
+    found = await told
+    assert isinstance(found, VerifiedStream)
+    assert found.held == data
+    assert rig.owner_reads == 0
+    found.release()
+    assert rig.nothing_is_held()
+    await rig.close()
+
+
+async def test_data_of_a_copy_that_has_moved_is_no_damage_and_its_place_is_asked_for_again() -> None:
+    rig = CopyRig()
+    data = await rig.make()
+    await rig.move(0)
+    assert await rig.by_task() == data
+    assert rig.owner_reads == 1
+    rig.guess_nothing()
+    assert await rig.whole() == data
+    await rig.move(0, 1)
+    rig.guess_nothing()
+    assert await rig.whole() == data, "the other fragments suffice"
+    assert rig.owner_reads == 0
+    assert await rig.by_task() == data
+    assert await rig.whole() == data
+    assert rig.owner_reads == 1
+    assert rig.world.damage == []
+    assert rig.nothing_is_held()
+    await rig.close()
+
+
+@pytest.mark.parametrize("guesses", [True, False])
+async def test_damage_of_a_copy_is_reported_by_the_read_that_asked_its_owner(guesses: bool) -> None:
+    rig = CopyRig()
+    data = await rig.make()
+    [(name, fragment), *_] = sorted(await rig.places(), key=lambda place: place[1].position)
+    rig.world.disks.disks[name].lose(fragment)
+    if not guesses:
+        rig.guess_nothing()
+        assert await rig.whole() == data
+    assert rig.world.damage == []
+    assert await rig.by_task() == data
+    assert [(damage.disk, damage.reason) for damage in rig.world.damage] == [(name, "missing")]
+    await rig.close()
+
+
+async def test_a_copy_with_too_few_fragments_at_its_known_places_is_found_where_it_is() -> None:
+    rig = CopyRig()
+    data = await rig.make()
+    await rig.move(0, 1, 2)
+    assert await rig.by_task() == data
+    assert rig.world.damage == []
+    assert await rig.whole() == data
+    assert rig.nothing_is_held()
+    await rig.close()
+
+
+async def test_a_copy_that_was_overwritten_or_deleted_is_seen() -> None:
+    rig = CopyRig()
+    await rig.make()
+    newer = os.urandom(SIZE)
+    await put(rig.other, rig.bucket, newer)
+    assert await rig.whole() == newer
+    await rig.other.delete(rig.bucket, b"key")
+    assert isinstance(await rig.begin(), NoSuchKey)
+    assert rig.world.damage == []
+    assert rig.nothing_is_held()
+    await rig.close()
+
+
+async def test_the_source_of_a_copy_may_go() -> None:
+    rig = CopyRig()
+    data = await rig.make()
+    await rig.other.delete(rig.bucket, b"source")
+    await rig.other.plane.background.settle()
+    assert await rig.whole() == data
+    assert rig.world.damage == []
     await rig.close()

@@ -16,7 +16,7 @@ import weakref
 from collections import OrderedDict
 from weakref import WeakSet
 
-from storaged.meta.names import Value
+from storaged.meta.names import RegisterName, Value
 from storaged.objects.api import ObjectInfo
 from storaged.objects.background import when_gone
 from storaged.objects.code.versions import OpenedVersion
@@ -36,16 +36,25 @@ class OpenedRecord:
     ``body`` and ``visibility`` are those of the register's value. ``bucket_key()``
     is the key that opened it, or None when that key is gone. ``info`` and ``key`` (of the only part) are filled in at
     first use. ``key`` is not its cipher, which would take another 7 KiB and save 1 us. ``steady``: the key had this
-    record when it was last looked at, and replicas agreed at once.
+    record when it was last looked at, and replicas agreed at once. ``with_data``: of a version that borrows its data,
+    the register that had the data when it was last looked up, and the version with it (``read.borrowed``).
     """
 
-    __slots__ = ("body", "bucket_key", "info", "key", "lock", "opened", "steady", "version_id", "visibility")
+    __slots__ = (
+        "body", "bucket_key", "info", "key", "lock", "opened", "steady", "version_id", "visibility", "with_data",
+    )  # fmt: skip
 
     def __init__(
-        self, value: Value, bucket_key: BucketKey, opened: OpenedVersion, version_id: str = "", lock: Lock | None = None
+        self,
+        value: Value | OpenedRecord,
+        bucket_key: BucketKey,
+        opened: OpenedVersion,
+        version_id: str = "",
+        lock: Lock | None = None,
     ) -> None:
-        self.body = value.body
-        self.visibility = value.visibility
+        """``value``: the register's, or an entry that was made of it."""
+        self.body: bytes = value.body
+        self.visibility: int = value.visibility
         self.bucket_key = weakref.ref(bucket_key)
         self.opened = opened
         self.version_id = version_id
@@ -53,6 +62,19 @@ class OpenedRecord:
         self.info: ObjectInfo | None = None
         self.key: StreamKey | None = None
         self.steady = True
+        self.with_data: tuple[RegisterName, OpenedRecord] | None = None
+
+    def learn_data(self, owner: RegisterName, opened: OpenedVersion) -> None:
+        """``opened``: the version with the data that the record of ``owner`` has. It has a ``key`` of its own, for that
+        of other data would open nothing."""
+        bucket_key = self.bucket_key()
+        if bucket_key is not None and (self.with_data is None or self.with_data[1].opened.version != opened.version):
+            self.with_data = owner, OpenedRecord(self, bucket_key, opened, self.version_id, self.lock)
+
+    def forget_data(self, entry: OpenedRecord) -> None:
+        """The data is not where ``entry`` says."""
+        if self.with_data is not None and self.with_data[1] is entry:
+            self.with_data = None
 
 
 class OpenedRecordCache:

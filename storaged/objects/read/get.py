@@ -36,9 +36,9 @@ from storaged.objects.code.seal import part_key
 from storaged.objects.code.versions import Place, info_of, parts_shown, unlock
 from storaged.objects.conditions import check_copy_source, check_read
 from storaged.objects.encryption import NO_KEY
-from storaged.objects.plane import ObjectPlane
+from storaged.objects.plane import ObjectPlane, OnDamage
 from storaged.objects.ports import SealBroken
-from storaged.objects.read.borrowed import with_data
+from storaged.objects.read.borrowed import with_data, with_known_data
 from storaged.objects.read.find import Found, find, try_find
 from storaged.objects.read.guess import HELD_BYTES_MAX, Guess, try_guess
 from storaged.objects.read.span import Span, span_of, span_of_part
@@ -227,6 +227,12 @@ def _from_reading(
     want_plain, spec = wanted
     if not want_plain:
         return info
+    on_damage: OnDamage | None = None
+    if found.opened.borrowed is not None:
+        known = with_known_data(found)
+        if known is None:
+            return reading
+        found, on_damage = known
     if guess is not None and guess.fits(found, info):
         return guess
     span = span_of(spec, info.size)
@@ -234,9 +240,9 @@ def _from_reading(
     if sealed:
         # without the copy: who waits for room must not hold it meanwhile
         return _try_open(plane, info, span, found, sealed) or Reading(reading.value)
-    if found.opened.borrowed is not None or span.length > HELD_BYTES_MAX:
+    if span.length > HELD_BYTES_MAX:
         return reading
-    return VerifiedStream(plane, bucket, found, info, span)
+    return VerifiedStream(plane, bucket, found, info, span, on_damage=on_damage)
 
 
 # --- the shell of a task

@@ -18,8 +18,10 @@ from collections.abc import Callable
 from storaged.errors import StoragedError
 from storaged.meta.names import RegisterName
 from storaged.objects.api import ObjectInfo, RangeSpec
+from storaged.objects.cache.opened_records import OpenedRecord
 from storaged.objects.code.versions import Place
-from storaged.objects.plane import Damage, ObjectPlane
+from storaged.objects.plane import Damage, ObjectPlane, OnDamage
+from storaged.objects.read.borrowed import with_known_data
 from storaged.objects.read.find import Found
 from storaged.objects.read.span import Span, span_of
 from storaged.objects.read.streams import VerifiedStream
@@ -57,17 +59,29 @@ class _Reports:
 class Guess:
     """One guess. Either ``adopt`` or ``drop`` is called, once."""
 
-    __slots__ = ("_cached", "_error", "_info", "_is_open", "_on_open", "_reports", "stream")
+    __slots__ = ("_cached", "_data", "_error", "_info", "_is_open", "_on_open", "_reports", "stream")
 
-    def __init__(self, plane: ObjectPlane, bucket: BucketRecord, found: Found, info: ObjectInfo, span: Span) -> None:
-        """``found`` has the record's entry. Raises DataDamaged."""
-        self._cached = found.cached
+    def __init__(
+        self,
+        plane: ObjectPlane,
+        bucket: BucketRecord,
+        cached: OpenedRecord,
+        found: Found,
+        info: ObjectInfo,
+        span: Span,
+        on_damage: OnDamage | None = None,
+    ) -> None:
+        """``cached``: the record's entry. ``on_damage`` gets damage in place of the plane, at once. Raises
+        DataDamaged.
+        """
+        self._cached = cached
+        self._data = found.cached
         self._info = info
         self._reports = _Reports(plane)
         self._on_open: OnOpen | None = None
         self._is_open = False
         self._error: Exception | None = None
-        self.stream = VerifiedStream(plane, bucket, found, info, span, on_damage=self._reports.note)
+        self.stream = VerifiedStream(plane, bucket, found, info, span, on_damage=on_damage or self._reports.note)
 
     def begin(self) -> bool:
         """False: nothing was begun, and nothing is to be dropped. Raises DataDamaged, and then neither."""
@@ -75,7 +89,7 @@ class Guess:
 
     def fits(self, found: Found, info: ObjectInfo) -> bool:
         """Whether it reads this version."""
-        return found.cached is self._cached and info is self._info
+        return found.cached is self._data and info is self._info
 
     def adopt(self, on_open: OnOpen) -> None:
         """The guess was right. ``on_open`` is called as ``VerifiedStream.try_open`` does it."""
@@ -87,8 +101,7 @@ class Guess:
 
     def drop(self) -> None:
         """The guess was wrong, or nothing is known."""
-        if self._cached is not None:
-            self._cached.steady = False
+        self._cached.steady = False
         self.stream.release()
 
     def _opened(self, error: Exception | None) -> None:
@@ -105,14 +118,21 @@ def try_guess(
     cached = plane.opened_records.likely(Place(bucket.id, key))
     if cached is None or cached.info is None:
         return None
-    info, opened = cached.info, cached.opened
+    info = cached.info
+    found = Found(name, cached.opened, info.version_id, None, cached, cached.lock)
+    on_damage: OnDamage | None = None
+    if cached.opened.borrowed is not None:
+        known = with_known_data(found)
+        if known is None:
+            return None
+        found, on_damage = known
+    opened = found.opened
     version = opened.version
     if (
         not version.parts
         or version.manifest
         or version.parts[0].small
         or version.parts[0].inline
-        or opened.borrowed is not None
         or opened.has_customer_key
     ):
         return None
@@ -123,8 +143,7 @@ def try_guess(
         span = span_of(spec, info.size)
         if not 0 < span.length <= HELD_BYTES_MAX:
             return None
-        found = Found(name, opened, info.version_id, None, cached, cached.lock)
-        guess = Guess(plane, bucket, found, info, span)
+        guess = Guess(plane, bucket, cached, found, info, span, on_damage)
         return guess if guess.begin() else None
     except StoragedError:  # the read that follows the record's meets it again
         return None
