@@ -136,5 +136,6 @@ class OpenedRecordCache:
         return len(self._records)
 
 
-def _cost(opened: OpenedRecord) -> int:
-    return ENTRY_BYTES + len(opened.body) * 8 // 3
+def _cost(entry: OpenedRecord) -> int:
+    entries = 1 if entry.opened.borrowed is None else 2  # ``with_data``
+    return entries * ENTRY_BYTES + len(entry.body) * 8 // 3
