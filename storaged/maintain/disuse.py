@@ -35,12 +35,16 @@ object's record; each place is written before the one before it is cleared. Whil
    key is open, or some replica says so, or does not answer. Afterwards the row means nothing.
 
 *Data of a bucket that was deleted* goes, whatever it is (``is_proved_gone``). The proof is a fence that stays for ever,
-    at a majority of the key's replicas. A gateway sets it when the bucket's record says Deleted, and no storage node
-    can set it at another one's disk. So two of three replicas would have to lie. That the directory does not name the
-    bucket, and that the key holds nothing, is asked besides, and proves nothing: of an open upload's key both are true
-    when one replica that lies hides the bucket while a deletion fences it that will be refused. Where the gateway died
-    before it set that fence, another one does (``objects.system.keyends``). Nodes of version 0.1.0 do not tell which of
-    their fences stay: where the others are no majority the data waits.
+    at a majority of the key's replicas. A gateway sets it when the bucket's record says Deleted, and its last loan has
+    ended, and no storage node can set it at another one's disk. So two of three replicas would have to lie. That the
+    directory does not name the bucket is asked besides, and proves nothing: one replica that lies can hide it while a
+    deletion fences it that will be refused. Where the gateway died before it set that fence, another one does
+    (``objects.system.keyends``). Nodes of version 0.1.0 do not tell which of their fences stay: where the others are no
+    majority the data waits.
+    What the key holds does not count. Such a fence lets no change pass, so no row of the bucket will ever be read as an
+    object again. But there are rows: those of a disk that lagged, and of one that had the partition before, and comes
+    back. Nothing settles them any more, and the mover of partitions leaves them as they are. A majority of the replicas
+    may have them, and so name the data for ever.
 
 *Data of a bucket that was deleted while other buckets borrow from it* is judged as that of a living bucket, until its
     last loan has ended. Its fence lends (``meta.acceptor.fences``): what gateways settle has its nonce, and so passes.
@@ -65,7 +69,7 @@ from storaged.maintain.context import MaintainContext, concurrently
 from storaged.maintain.directory import Buckets
 from storaged.maintain.walk import entries_of
 from storaged.meta.consensus.looks import Look, moved_on
-from storaged.meta.names import RegisterName, Table, Value, Visibility, upload_name
+from storaged.meta.names import RegisterName, Table, Value, upload_name
 from storaged.meta.ports import PageQuery
 from storaged.objects.records import PartEntry
 from storaged.objects.write.references import parts_in
@@ -86,7 +90,7 @@ PAST = (StoragedError, KeyError, ValueError, TimeoutError)
 class Proof(NamedTuple):
     """What was seen of a register. ``value``: that of the round; ``entries``: what it refers to. ``everywhere``: every
     replica holds the round's row. ``uploads``: some upload of the key may be open; ``of_uploads``: the data that those
-    refer to. ``gone``: the bucket was deleted for good, and refers to nothing.
+    refer to. ``gone``: the bucket was deleted for good, whatever its rows still refer to.
     """
 
     entries: Sequence[PartEntry] = ()
@@ -123,9 +127,9 @@ class Judge:
         return True
 
     async def is_proved_gone(self, owner: RegisterName) -> bool:
-        """Whether the bucket of the owner was deleted for good, as the directory and the owner's replicas say: nothing
-        of it changes any more, and the owner refers to nothing. So a directory that leaves out a living bucket proves
-        nothing, nor do fences that may be lifted. False when that is not known now.
+        """Whether the bucket of the owner was deleted for good, as the directory and the fences of the owner's replicas
+        say. So a directory that leaves out a living bucket proves nothing, nor do fences that may be lifted. False when
+        that is not known now.
         """
         try:
             if await self.is_gone(owner.scope):
@@ -240,9 +244,8 @@ class Judge:
         """
         look = await self._context.look(owner)
         if look.quorum.met(look.fenced - look.lends):
-            empty = [disk for disk, held in look.held.items() if _refers_to_nothing(held.value)]
             for_ever = look.quorum.met(look.final)
-            if for_ever and look.quorum.met(empty) and await self.is_gone(owner.scope):
+            if for_ever and await self.is_gone(owner.scope):
                 raise _Gone
             raise NotYet("its bucket is being deleted")
         return look
@@ -290,11 +293,6 @@ class NotYet(ValueError):
 
 class _Gone(Exception):
     """The bucket was deleted for good."""
-
-
-def _refers_to_nothing(value: Value | None) -> bool:
-    """A bucket is deleted when a majority of each register's replicas holds no object."""
-    return value is None or value.visibility == Visibility.TOMBSTONE
 
 
 def is_open(state: str) -> bool:

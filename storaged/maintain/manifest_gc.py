@@ -2,10 +2,11 @@
 
 Theory of operation. A page is immutable and its hash is its name. Each disk sweeps its own pages. With a page it keeps
 the page's *owner*: the register of the object whose record names it, or will (gateways tell it). A page is *condemned*
-when the disk's own row of the owner does not name it: the disk remembers the page's time, which every put changes.
-After the time that readers get, the owner's register is judged (``maintain.disuse``): a look, a round by a gateway, and
-another look. The page is deleted when the value of that round does not name it, no upload of the key is open, and no
-put has changed it since it was condemned; the deletion compares that in its own transaction.
+when the disk's own row of the owner does not name it, or when the directory does not name its bucket, of which rows may
+have stayed: the disk remembers the page's time, which every put changes. After the time that readers get, the owner's
+register is judged (``maintain.disuse``): a look, a round by a gateway, and another look. The page is deleted when the
+value of that round does not name it, no upload of the key is open, and no put has changed it since it was condemned;
+the deletion compares that in its own transaction. Or when the bucket was deleted for good.
 
 A record needs the pages that it names, and those that its pages name. While one of them can't be read it is not known
 which others the record needs: then none of that owner is condemned.
@@ -47,7 +48,7 @@ from storaged.maintain.deletion import delete_unneeded
 from storaged.maintain.disuse import Judge, Proof
 from storaged.maintain.holds import Holds
 from storaged.maintain.walk import row_slices
-from storaged.meta.names import RegisterName, Table, Value, object_of_upload
+from storaged.meta.names import RegisterName, Table, Value, Visibility, object_of_upload
 from storaged.meta.ports import Pages
 from storaged.meta.storage.rowvalue import unpack_row
 from storaged.meta.store_ports import MetaStore, RowDamaged, StoreBatch, StoredPage
@@ -151,7 +152,18 @@ class PageSweep:
     async def _named(self, store: MetaStore, owner: RegisterName) -> frozenset[bytes] | None:
         """None: a page that the record needs can't be read now, so the other pages that it needs are not known."""
         slot = await store.read(partial(store.get, owner))
-        return await self._named_by(store, owner, slot.value) if slot is not None else frozenset()
+        if slot is None or slot.value.visibility == Visibility.TOMBSTONE or await self._may_be_gone(owner.scope):
+            return frozenset()
+        return await self._named_by(store, owner, slot.value)
+
+    async def _may_be_gone(self, scope: bytes) -> bool:
+        """Whether the directory does not name the bucket. Then a row may be one from before, which nothing settles any
+        more. Fences prove that the bucket is gone, as for data (``_OldPages``).
+        """
+        try:
+            return await self._judge.is_gone(scope)
+        except StoragedError:
+            return False
 
     async def _named_by(self, store: MetaStore, name: RegisterName, value: Value) -> frozenset[bytes] | None:
         """As ``_named``."""

@@ -835,6 +835,39 @@ def test_parts_of_uploads_that_were_open_when_their_bucket_was_deleted_go(way: s
     run(scenario)
 
 
+@pytest.mark.parametrize("way", ["retired", "swept"])
+def test_data_of_a_deleted_bucket_goes_although_most_replicas_have_a_row_from_before(way: str) -> None:
+    """They had the partition before, and got it again when the bucket was deleted: then nothing settles their rows."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket, living = await cluster.bucket(), await cluster.bucket("living")
+        for its in (bucket, living):
+            await cluster.put(its, b"k", os.urandom(PART))
+        before, kept = await cluster.fragments(), (await cluster.entry(living, b"k")).data_id
+        name = object_name(bucket.id, bucket.shard_numbers, b"k")
+        stores = [cluster.meta(disk) for disk in cluster.layouts.current.replicas_of(name.partition)[:2]]
+        rows = [slot for store in stores if (slot := store.get(name)) is not None]
+        assert len(rows) == 2
+        await cluster.objects.delete(bucket, b"k")
+        await cluster.pass_s(1)
+        await cluster.buckets.delete(bucket)
+        await cluster.pass_s(1)
+        for store, row in zip(stores, rows, strict=True):
+            await store.commit(StoreBatch([row]))
+        if way == "swept":
+            for disk in cluster.layouts.current.disk_by_id:
+                cluster.store(disk)._retired.clear()
+            await cluster.leap(ORPHAN_S + 60)
+            await sweep(cluster)
+            await cluster.pass_s(1)
+        await cluster.leap(RETIRE_S + 60)
+        await collect(cluster)
+        assert 0 < len(await cluster.fragments()) < len(before)
+        assert await cluster.fragments() == await cluster.fragments(kept)
+
+    run(scenario)
+
+
 def test_the_parts_of_an_upload_that_ends_with_its_bucket_go_to_the_lists_together() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()

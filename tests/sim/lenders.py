@@ -30,7 +30,7 @@ from storaged.maintain.disuse import Judge
 from storaged.maintain.gc import Collector
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.messages import FencesAsk
-from storaged.meta.names import Change, RegisterName, Table, Visibility, object_name, upload_name
+from storaged.meta.names import Change, RegisterName, Table, object_name, upload_name
 from storaged.objects.api import Principal
 from storaged.objects.code.history import Draft
 from storaged.objects.code.lending import borrowed_by, find_borrower, may_lend, name_of_owner
@@ -710,18 +710,10 @@ class Lenders(Lending):
                 self.complain(f"the fence of the bucket {record.name} is not final")
 
     async def _pages_left(self, reader: Gateway, nodes: Any) -> list[bytes]:
-        """A row that lagged when its bucket ended keeps its pages: nothing settles it any more."""
+        """All buckets are deleted. A row that lagged when its bucket ended still names pages."""
         if any(node.foreign for node in nodes):
             return []
-        return [page for node in nodes for page in _pages_unnamed(node)]
-
-
-def _pages_unnamed(node: CollectingNode) -> Iterator[bytes]:
-    for page, _ in node.store.pages(after=b"", limit=1000):
-        (owner,) = node.store.page_owners([page])
-        slot = node.store.get(RegisterName.unpack(owner)) if owner else None
-        if slot is None or slot.value.visibility == Visibility.TOMBSTONE:
-            yield page
+        return [page for node in nodes for page, _ in node.store.pages(after=b"", limit=1000)]
 
 
 def _remove_all(draft: Draft, _ordinal: int) -> bool:

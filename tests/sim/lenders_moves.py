@@ -3,8 +3,8 @@
 A disk that comes to a partition takes over its fences, and gets rows that only rounds with the nonce of a lender
 settle. It may have rows and fences from before. And it may take a create that slept before it has the fence.
 
-One thing is not judged, since it is not so: rows of a bucket that was deleted for good do not move. A disk that comes
-keeps those that it has from before. Where most replicas of a key have such rows its data is not collected.
+Rows of a bucket that was deleted for good do not move. A disk that comes keeps those that it has from before, and may
+have them at most replicas of a key. Data and pages that such rows alone name have to go all the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from storaged.errors import StoragedError
 from storaged.ids import BUCKET_ID_BYTES
 from storaged.maintain.partition_mover import PartitionMover
 from storaged.meta.consensus.register import RULES, Rules
-from storaged.meta.names import RegisterName, Visibility
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.system import buckets as program
 from storaged.objects.system.shards import Drawn
@@ -94,23 +93,6 @@ class LendersMoves(Lenders, CollectingMoves):
             is_settled(state, self.layout) or (not state.coming and bool(waits))
             for state, waits in zip(states, wanted, strict=True)
         )
-
-    async def _nothing_else_stays(self, nodes: Any, live: set[bytes]) -> None:
-        await super()._nothing_else_stays(nodes, live | self._with_old_rows(nodes))
-
-    def _with_old_rows(self, nodes: Any) -> set[bytes]:
-        """The data of keys of deleted buckets of which a replica has a row from before."""
-        found: set[bytes] = set()
-        for store in (node.medium.fragments for node in nodes):
-            for fragment in store.fragments:
-                owner = RegisterName.unpack(store.header(fragment).owner)
-                present = self.gateways[0].layouts.partition(owner.partition).present
-                for node in nodes:
-                    fence, slot = node.store.get_fence(owner.scope), node.store.get(owner)
-                    closed = node.disk in present and fence is not None and fence.final
-                    if closed and slot is not None and slot.value.visibility > Visibility.TOMBSTONE:
-                        found.add(fragment.data_id)
-        return found
 
     async def make_reader(self) -> Gateway:
         """A gateway may have died at the end of the workload."""

@@ -145,4 +145,25 @@ FENCE_BUGS = (
         new="        if look.quorum.met(look.fenced) and not look.lends:\n",
         tests="tests/unit/test_judging_lenders.py",
     ),
+    Planted(
+        "rows_of_deleted_buckets_count",
+        "the data of a deleted bucket stays while most replicas have rows from before",
+        60,
+        "lenders moves",
+        "storaged/maintain/disuse.py",
+        "            if for_ever and await self.is_gone(owner.scope):\n",
+        "            empty = [disk for disk, held in look.held.items() if not (held.value and held.value.visibility)]\n"
+        "            if for_ever and look.quorum.met(empty) and await self.is_gone(owner.scope):\n",
+        first=390,  # rare: 406 shows it
+    ),
+    Planted(
+        "pages_of_deleted_buckets_count",
+        "the pages of a deleted bucket stay at replicas that have rows from before",
+        30,
+        "lenders moves",
+        "storaged/maintain/manifest_gc.py",
+        " or await self._may_be_gone(owner.scope):\n",
+        ":\n",
+        fast=True,
+    ),
 )

@@ -13,20 +13,21 @@ from storaged.maintain.walk import Range, Walker
 from storaged.meta.consensus.looks import Held, Look
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.listing.comparing import CatchUp
-from storaged.meta.names import ZERO_BALLOT, RegisterName, Table
+from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value, Visibility
 
 OWNER = RegisterName(Table.OBJECT, b"s" * 16, 0, b"key")
 EMPTY = Held(ZERO_BALLOT, None)
+OLD = Held(Ballot(1, 1, "gw", b"incarnat"), Value(1, b"o" * 16, Visibility.LIVE, b"body"))
 NOTHING, PLAIN, LENDS, FINAL = "nothing", "plain", "lends", "final"
 
 
-def judge(**fences: str) -> Judge:
-    """``fences``: of each disk that answers. The directory does not name the bucket, and its rows are gone."""
+def judge(held: Held = EMPTY, **fences: str) -> Judge:
+    """``fences``: of each disk that answers; ``held``: what each holds. The directory does not name the bucket."""
     fenced, final, lends = (
         frozenset(disk for disk, fence in fences.items() if fence in kinds)
         for kinds in ((PLAIN, LENDS, FINAL), (FINAL,), (LENDS,))
     )
-    look = Look(Quorum(("a", "b", "c")), dict.fromkeys(fences, EMPTY), fenced, final, lends)
+    look = Look(Quorum(("a", "b", "c")), dict.fromkeys(fences, held), fenced, final, lends)
 
     async def looks(_owner: RegisterName) -> Look:
         return look
@@ -69,6 +70,20 @@ async def test_one_replica_that_says_that_its_fence_lends_or_stays_changes_nothi
     for other in (NOTHING, LENDS, PLAIN):
         assert not await judge(a=liar, b=other, c=other).is_proved_gone(OWNER)
         assert not await judge(a=liar, b=other).is_proved_gone(OWNER)
+
+
+@pytest.mark.parametrize("other", [NOTHING, PLAIN, LENDS, FINAL, "away"])
+async def test_rows_from_before_do_not_keep_the_data_of_a_bucket_whose_fence_stays_at_a_majority(other: str) -> None:
+    others = {} if other == "away" else {"c": other}
+    assert await judge(OLD, a=FINAL, b=FINAL, **others).is_proved_gone(OWNER)
+
+
+@pytest.mark.parametrize("other", [NOTHING, PLAIN, LENDS, "away"])
+@pytest.mark.parametrize("held", [EMPTY, OLD])
+async def test_one_replica_alone_ends_no_bucket_whatever_the_others_hold(held: Held, other: str) -> None:
+    others = {} if other == "away" else {"c": other}
+    for honest in (NOTHING, PLAIN, LENDS):
+        assert not await judge(held, a=FINAL, b=honest, **others).is_proved_gone(OWNER)
 
 
 @pytest.mark.parametrize(("details", "whole"), [({}, True), ({"final": "true"}, True), ({"lends": "true"}, False)])
