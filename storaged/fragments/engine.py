@@ -15,12 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import lmdb
+import msgspec
 
 from storaged.errors import (
     DiskUnusable,
     FragmentDamaged,
     FragmentMissing,
     FragmentOther,
+    IndexDamaged,
     OperatorError,
     StoragedError,
 )
@@ -125,8 +127,13 @@ class Engine:
             ) from error
         except lmdb.Error as error:
             raise refused(self.index.directory, error) from error
+        except msgspec.MsgspecError as error:  # of a row in the index: records with such a content are gaps
+            raise IndexDamaged(f"the fragment index in {self.index.directory} cannot be read: {error}") from error
         self.index.sequence = max(self.index.sequence, report.sequence)
-        self.log.continue_at(Position(report.last, report.end))
+        if report.last >= self.index.checkpoint.segment:
+            self.log.continue_at(Position(report.last, report.end))
+        # Else the last segments are gone, and no replay would look for new records before the checkpoint: the next
+        # record begins a segment after it.
         if report.failure and not state.failure:
             state.fail(report.failure)
         if state.failure:
@@ -420,7 +427,7 @@ class Engine:
         """Begins a checkpoint of everything so far. Raises DiskUnusable."""
         self.log.sync()
         self._checkpointed_bytes = self.log.appended_bytes
-        return self.index.freeze(self.log.end, self.dead_segments())
+        return self.index.freeze(max(self.log.end, self.index.checkpoint), self.dead_segments())
 
     def commit(self, checkpoint: Checkpoint) -> None:
         """May run in another thread, beside everything else but a second one. Raises lmdb.Error."""
