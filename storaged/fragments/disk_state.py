@@ -8,6 +8,7 @@ that the next start knows it: what such a disk holds counts as lost.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 
@@ -46,8 +47,9 @@ class DiskState:
         self._starved = ""
         self.lost = False
         """The failure lasts: what the disk holds counts as lost, now and after a restart."""
-        self.failure_noted = True
-        """The next start will know of a failure that lasts."""
+        self._failure_noted = True
+        self._noting = threading.RLock()
+        """Held while a failure that lasts is noted."""
         self.note_failed: Callable[[str], bool] = lambda _reason: False
         """Called with the reason in the thread that found a lasting failure, before the disk itself is marked: the
         owner notes it on another disk. Returns whether it did. Must not raise."""
@@ -92,11 +94,22 @@ class DiskState:
         """The disk is read-only from now on. ``lasting``: after a restart too, because what it holds may not be on the
         drive.
         """
-        self.failure = reason
-        if lasting:
+        if not lasting:
+            self.failure = reason
+            return
+        with self._noting:
+            self.failure = reason
             self.lost = True
             noted = self.note_failed(reason)
-            self.failure_noted = self._files.mark_failed(reason) or noted
+            self._failure_noted = self._files.mark_failed(reason) or noted
+
+    @property
+    def failure_noted(self) -> bool:
+        """Whether the next start will know of a failure that lasts. Waits while it is being noted: nothing may count on
+        the note before.
+        """
+        with self._noting:
+            return self._failure_noted
 
     def look(self) -> None:
         """Asks the file system for its free space. In a thread, again and again: it may not answer."""

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import structlog
 
-from storaged.durable import make_directory, replace_file, sync_path
+from storaged.durable import make_directory, replace_file
 from storaged.errors import DirectoryInUse
 from storaged.wire import Buffer, unfilled
 
@@ -31,6 +31,9 @@ OPEN_FILES_MAX = 512
 
 PAGE_BYTES = 4096
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _SYNC_FILE_RANGE_WRITE = 2
@@ -38,6 +41,12 @@ _SYNC_FILE_RANGE_WRITE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+
+class NotOpened(OSError):
+    """The process or the machine has no descriptor or memory left. Nothing was done to the file or the directory, and
+    nothing of the drive is known by it. Raised by whatever has to open one.
+    """
 
 
 class Space(NamedTuple):
@@ -128,6 +137,14 @@ class PosixSegmentFile:
         self._users = 0
         self._removed = False
         self._closing = False
+        self.unsynced = False
+        """It was changed, and not synced since."""
+
+    def create(self) -> None:
+        """Makes the file, which must not exist. It stays open: what follows must not fail for want of a descriptor."""
+        with self._lock:
+            self._fd = _opened(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        self._on_opened(self)
 
     @contextlib.contextmanager
     def _lease(self) -> Iterator[int]:
@@ -144,7 +161,7 @@ class PosixSegmentFile:
             if self._fd < 0:
                 if self._removed:
                     raise FileNotFoundError(errno.ENOENT, "the segment was removed", str(self._path))
-                self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+                self._fd = _opened(self._path, os.O_RDWR)
                 fresh = True
             self._closing = False
             self._users += 1
@@ -212,6 +229,7 @@ class PosixSegmentFile:
 
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         with self._lease() as fd:
+            self.unsynced = True
             for first in range(0, len(buffers), IOV_MAX):
                 offset = _write_all(fd, list(buffers[first : first + IOV_MAX]), offset)
 
@@ -222,9 +240,10 @@ class PosixSegmentFile:
     def sync(self) -> None:
         with self._lease() as fd:
             os.fdatasync(fd)
+            self.unsynced = False
 
     def sync_apart(self) -> None:
-        fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = _opened(self._path, os.O_RDONLY)
         try:
             os.fdatasync(fd)
         finally:
@@ -239,11 +258,22 @@ class PosixSegmentFile:
 
     def truncate(self, size: int) -> None:
         with self._lease() as fd:
+            self.unsynced = True
             os.ftruncate(fd, size)
 
     def punch(self, offset: int, length: int) -> bool:
         with self._lease() as fd:
             return bool(_libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length) == 0)
+
+
+def _opened(path: Path, flags: int) -> int:
+    """Raises NotOpened, OSError."""
+    try:
+        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in _NO_DESCRIPTOR:
+            raise
+        raise NotOpened(*error.args) from None
 
 
 def _write_all(fd: int, buffers: list[Buffer], offset: int) -> int:
@@ -291,21 +321,26 @@ class PosixFiles:
         )
 
     def create(self, number: int) -> PosixSegmentFile:
-        os.close(os.open(self._path(number), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        return self.open(number)
+        file = self.open(number)
+        file.create()
+        return file
 
     def open(self, number: int) -> PosixSegmentFile:
         return PosixSegmentFile(self._path(number), self._remember)
 
     def _remember(self, file: PosixSegmentFile) -> None:
-        """Bounds the open descriptors: closes the one that was opened first. The segment that is written keeps its
-        descriptor while it is dirty, for its 256 MiB are full long before 512 others were opened. A reader that comes
-        back opens one again.
+        """Bounds the open descriptors: closes the one that was opened first. A reader that comes back opens one again.
+        A segment that was not synced since it was written keeps its own: the kernel may forget a write that failed when
+        no descriptor is open.
         """
         with self._files_lock:
             self._files[file._path] = file
             self._files.move_to_end(file._path)
-            oldest = self._files.popitem(last=False)[1] if len(self._files) > OPEN_FILES_MAX else None
+            oldest = None
+            if len(self._files) > OPEN_FILES_MAX:
+                oldest = next((known for known in self._files.values() if not known.unsynced), None)
+            if oldest is not None:
+                del self._files[oldest._path]
         if oldest is not None:
             oldest.close()
 
@@ -319,7 +354,11 @@ class PosixFiles:
         self.sync_directory()
 
     def sync_directory(self) -> None:
-        sync_path(self._segments)
+        fd = _opened(self._segments, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def space(self) -> Space:
         found = os.statvfs(self.directory)
@@ -335,6 +374,9 @@ class PosixFiles:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.posix_fallocate(fd, 0, count)
+            except OSError:
+                path.unlink(missing_ok=True)  # a part of it would be held by nobody
+                raise
             finally:
                 os.close(fd)
         except OSError:
@@ -355,7 +397,9 @@ class PosixFiles:
 
     def failure(self) -> str:
         try:
-            return (self.directory / "FAILED").read_text().strip() or "it failed, and could not note why"
+            # a disk that failed may return anything, and must not stop the node
+            reason = (self.directory / "FAILED").read_bytes().decode(errors="replace").strip()
+            return reason or "it failed, and could not note why"
         except FileNotFoundError:
             return ""
 

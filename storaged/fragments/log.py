@@ -6,19 +6,21 @@ can have a torn tail.
 
 A write or a sync that fails makes the disk read-only for ever: after a failed fsync the kernel has marked the pages
 clean, and what a read returns may not be on the drive (Rebello et al., "Can Applications Recover from fsync Failures?",
-ATC 2020). Only a write that found no space is taken back: the segment is cut to where it was.
+ATC 2020). Only a write that found no space is taken back: the segment is cut to where it was. A file that could not be
+opened for want of a descriptor is another thing: nothing was done, and it is tried again.
 
 One thread at a time calls this, but ``sync_apart``, which any thread may use.
 """
 
 from __future__ import annotations
 
-import errno
+import threading
 from collections.abc import Callable
 
+from storaged.durable import NoRoom
 from storaged.errors import DiskUnusable
 from storaged.fragments.disk_state import DiskState
-from storaged.fragments.files import Files, SegmentFile
+from storaged.fragments.files import NO_SPACE, Files, NotOpened, SegmentFile
 from storaged.fragments.format import (
     SEGMENT_BYTES_MAX,
     SEGMENT_HEADER_BYTES,
@@ -30,8 +32,6 @@ from storaged.fragments.format import (
 from storaged.fragments.index import Index
 from storaged.fragments.index_rows import Position
 from storaged.fragments.limits import StoreLimits
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class SegmentLog:
@@ -50,6 +50,8 @@ class SegmentLog:
         self.active = 0
         self.end = self.synced = Position(0, 0)
         self._synced_apart = Position(0, 0)
+        self._syncing = threading.Lock()
+        """Held from the beginning of ``sync`` until its failure, if it fails, is known."""
         self._writeback_from = 0
         self.syncs = self.appended_bytes = 0
 
@@ -79,7 +81,7 @@ class SegmentLog:
         except DiskUnusable:
             return 0
         except OSError as error:
-            if error.errno in NO_SPACE:
+            if error.errno in NO_SPACE or isinstance(error, NotOpened):
                 self._state.found_no_space(error)
             else:
                 self._state.fail(f"a new segment could not be made: {error.strerror or error}")
@@ -114,7 +116,9 @@ class SegmentLog:
         try:
             file.write(writer.buffers, writer.start)
         except OSError as error:
-            if error.errno in NO_SPACE:
+            if isinstance(error, NotOpened):
+                self._state.found_no_space(error)
+            elif error.errno in NO_SPACE:
                 self._cut_back(file, writer.start, error)
                 self._state.found_no_space(error)
             else:
@@ -157,11 +161,12 @@ class SegmentLog:
             raise self._state.unusable()
         if self.synced == self.end or not self.active:
             return
-        try:
-            self.segments[self.active].sync()
-        except OSError as error:
-            self._state.fail(f"fdatasync of segment {self.active}: {error.strerror or error}")
-            raise self._state.unusable() from error
+        with self._syncing:
+            try:
+                self.segments[self.active].sync()
+            except OSError as error:
+                self._state.fail(f"fdatasync of segment {self.active}: {error.strerror or error}")
+                raise self._state.unusable() from error
         self.syncs += 1
         self.synced = self.end
 
@@ -171,7 +176,7 @@ class SegmentLog:
 
         What is not in the active segment was synced when that one was begun. A disk that takes no writes for a reason
         that ends with a restart is synced too: its fragments count then. Raises DiskUnusable on a disk whose failure
-        lasts and could not be noted: the next start would believe it.
+        lasts and could not be noted: the next start would believe it. Raises NoRoom when there is no descriptor now.
         """
         end = self.end
         file = self.segments.get(end.segment)
@@ -180,12 +185,19 @@ class SegmentLog:
             return
         try:
             file.sync_apart()
+        except NotOpened as error:
+            raise NoRoom(f"segment {end.segment} can't be synced now: {error.strerror or error}") from None
         except OSError as error:
             if isinstance(error, FileNotFoundError) and end.segment != self.active:
                 return  # meanwhile it was sealed, emptied and removed
             self._state.fail(f"fdatasync of segment {end.segment}: {error.strerror or error}")
             self._raise_unless_noted()
         else:
+            with self._syncing:
+                pass  # a descriptor hears of no failure that was reported to another one before it was opened
+            if self._state.lost:
+                self._raise_unless_noted()
+                return
             self._synced_apart = end
 
     def _raise_unless_noted(self) -> None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from storaged.errors import DiskForeign, DiskUnusable
 from storaged.fragments.entry import Entry
-from storaged.fragments.files import Files, SegmentFile
+from storaged.fragments.files import NO_SPACE, Files, NotOpened, SegmentFile
 from storaged.fragments.format import (
     FRAGMENT,
     HEAD_BYTES,
@@ -210,7 +210,7 @@ class _Replay:
             else:
                 torn[item.offset] = min(item.end, end) - item.offset
         if torn and not self._read_only and not report.failure:
-            report.failure = _cut(file, seed, border, kept, torn)
+            report.failure = _cut(self._files, file, seed, border, kept, torn)
         report.end = kept
         report.torn_bytes = sum(torn.values())
         self._index.accounts.grow(number, kept)
@@ -240,6 +240,8 @@ def _make_durable(files: Files, file: SegmentFile, border: int) -> str:
     try:
         file.sync()
         files.sync_directory()
+    except NotOpened:
+        raise
     except OSError as error:
         if error.errno in _NO_SYNC_OF_DIRECTORIES:
             reason = f"the directory of the segments can't be synced: {error.strerror or error}"
@@ -249,10 +251,12 @@ def _make_durable(files: Files, file: SegmentFile, border: int) -> str:
     return ""
 
 
-def _cut(file: SegmentFile, seed: int, border: int, kept: int, torn: dict[int, int]) -> str:
+def _cut(files: Files, file: SegmentFile, seed: int, border: int, kept: int, torn: dict[int, int]) -> str:
     """Makes torn records before ``kept`` filler, and cuts the file there. Returns why that failed, empty when it did
-    not.
+    not. What is torn may be a hole, which takes room: the reserve for notes, if need be. Raises DiskUnusable when there
+    is no room; nothing was lost by that.
     """
+    cut = False
     try:
         for offset, length in torn.items():
             if offset < kept and length >= HEAD_BYTES:
@@ -260,9 +264,15 @@ def _cut(file: SegmentFile, seed: int, border: int, kept: int, torn: dict[int, i
                 filler.mark(length)
                 file.write(filler.buffers[:1], offset)
         file.truncate(kept)
+        cut = True
         file.sync()
     except OSError as error:
-        return f"cutting a torn tail: {error.strerror or error}"
+        reason = f"cutting a torn tail: {error.strerror or error}"
+        if error.errno in NO_SPACE and not cut:
+            if files.reserve(0):
+                return _cut(files, file, seed, border, kept, torn)
+            raise DiskUnusable(reason, state="full") from error
+        return reason
     return ""
 
 

@@ -96,9 +96,8 @@ def open_state(
 def _refuse_failed(directory: Path) -> None:
     failed = directory / FAILED_FILE
     if failed.exists():
-        raise DiskForeign(
-            f"the metadata store in {directory} failed before and is not used again: {failed.read_text().strip()}"
-        )
+        reason = failed.read_bytes().decode(errors="replace").strip()  # such a disk may return anything
+        raise DiskForeign(f"the metadata store in {directory} failed before and is not used again: {reason}")
 
 
 def _recover(state: StoreState, mark: Mark | None, owner: bytes) -> None:
