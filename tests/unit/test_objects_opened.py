@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tests.worlds.objects import OWNER, World, bucket_of, pieces
 pytestmark = pytest.mark.virtual_time
 
 SIZES = [100, 5000, 300_000]
+OPENED: Any = SimpleNamespace(borrowed=None)
 
 
 class Rig:
@@ -143,7 +145,7 @@ async def test_data_keys_are_forgotten_on_the_loop_whichever_thread_lets_go_of_t
         drop(self, place)
 
     held, value = [PlainBucketKey(1)], Value(1, b"", Visibility.LIVE, b"body")
-    lately.put((b"b", b"k"), OpenedRecord(value, held[0], None))  # type: ignore[arg-type]
+    lately.put((b"b", b"k"), OpenedRecord(value, held[0], OPENED))
     monkeypatch.setattr(OpenedRecordCache, "drop", dropped)
     await asyncio.to_thread(held.clear)
     await asyncio.sleep(0)
@@ -154,7 +156,7 @@ def test_a_key_that_is_let_go_of_after_the_loop_ended_troubles_nobody(monkeypatc
     lately, held = OpenedRecordCache(10_000), [PlainBucketKey(1)]
 
     async def keep() -> None:
-        lately.put((b"b", b"k"), OpenedRecord(Value(1, b"", Visibility.LIVE, b"body"), held[0], None))  # type: ignore[arg-type]
+        lately.put((b"b", b"k"), OpenedRecord(Value(1, b"", Visibility.LIVE, b"body"), held[0], OPENED))
 
     with asyncio.Runner() as runner:
         runner.run(keep())
@@ -212,7 +214,7 @@ async def test_an_entry_larger_than_all_the_memory_is_not_kept() -> None:
         Value(1, b"", Visibility.LIVE, bytes(9000)),
         PlainBucketKey(1),
     )
-    made: Any = OpenedRecord(value, bucket_key, None)  # type: ignore[arg-type]
+    made: Any = OpenedRecord(value, bucket_key, OPENED)
     lately.put((b"b", b"k"), made)
     assert lately.get((b"b", b"k"), value) is None
     assert len(lately) == 0
