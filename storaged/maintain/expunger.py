@@ -8,7 +8,7 @@ why nothing comes back. The expunger takes the steps for one range of keys after
 3. All replicas are compared, and what differs is settled. The range of a bucket that is deleted is not compared: all
    its replicas refuse every change for ever.
 4. All replicas report the floor for missing rows.
-5. All replicas delete their tombstones below the floor, some rows at a time.
+5. All replicas delete their tombstones below the floor, some rows at a time; of a bucket that was deleted all rows.
 
 Nothing is noted anywhere: an expunger that dies leaves a range with a floor and with tombstones, which is a sound
 state, and the next pass goes on. Two expungers at once set two floors, and the higher one stays. While a replica is

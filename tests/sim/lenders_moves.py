@@ -16,11 +16,15 @@ from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 
 from storaged.cluster.layout import partition_of
-from storaged.cluster.partitions import PartitionRecord, is_settled
+from storaged.cluster.partitions import PartitionRecord, PartitionState, is_settled
 from storaged.errors import StoragedError
 from storaged.ids import BUCKET_ID_BYTES
+from storaged.maintain.expunger import Expunger, ExpungerPorts
 from storaged.maintain.partition_mover import PartitionMover
+from storaged.meta.consensus.floors import FLOORED_TABLES
 from storaged.meta.consensus.register import RULES, Rules
+from storaged.meta.proposer.floors import PartitionFloors
+from storaged.meta.store_ports import RowRange
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.system import buckets as program
 from storaged.objects.system.shards import Drawn
@@ -29,6 +33,7 @@ from tests.sim.collecting_moves import CollectingMoves, MovingNode, layouts_of
 from tests.sim.hiding import HidingNode
 from tests.sim.lenders import Lenders
 from tests.sim.lending import few
+from tests.sim.listing import Everybody
 from tests.sim.partitions import Process
 from tests.sim.scenario import play_out
 from tests.sim.virtual import VirtualLoop
@@ -36,6 +41,9 @@ from tests.sim.workload import Verdicts
 
 NUMBERS = (1, 300, 513, 1000)
 """Of the partitions that have buckets."""
+NO_DELAY_S = -60.0
+"""Of floors at the end: they lie in the future, as ballots do after restarts."""
+PASSES_MAX = 30
 
 
 class HidingMovingNode(HidingNode, MovingNode):
@@ -93,6 +101,45 @@ class LendersMoves(Lenders, CollectingMoves):
             is_settled(state, self.layout) or (not state.coming and bool(waits))
             for state, waits in zip(states, wanted, strict=True)
         )
+
+    async def _nothing_else_stays(self, nodes: Any, live: set[bytes]) -> None:
+        await super()._nothing_else_stays(nodes, live)
+        if not any(node.foreign for node in nodes):
+            await self._no_rows_stay()
+
+    async def _no_rows_stay(self) -> None:
+        """All buckets are deleted. Of a range of which the replica that is asked has a row, all rows go everywhere. A
+        mover that has read no record may take a partition that moves for one that is in its place: there they stay.
+        """
+        process: Any = self.process("expunger", skew_ms=0)
+        process.layouts.learn(self.layout)
+        client = process.client
+        floors, scanner = PartitionFloors(client._calls), self.scanner(process)
+        ports = ExpungerPorts(process.layouts, scanner, client.moves, floors, Everybody(), process.clock)
+        try:
+            for number in NUMBERS:
+                await process.refresh(number)
+            settled = [number for number in NUMBERS if not process.layouts.partition(number).coming]
+            expunger = Expunger(ports, delay_s=NO_DELAY_S, worthwhile=1, rest_ratio=0.0, partitions=settled)
+            for _ in range(PASSES_MAX):
+                if not await expunger.once() and not expunger.done.left:
+                    break
+                await asyncio.sleep(1.0)
+            else:
+                self.complain(f"rows of deleted buckets stay: {expunger.done.waiting}")
+            self.found.done["rows expunged"] += expunger.done.rows
+            for number in settled:
+                self._see_no_rows(process.layouts.partition(number))
+        finally:
+            await client.close()
+
+    def _see_no_rows(self, state: PartitionState) -> None:
+        stores: dict[str, Any] = {node.disk: node.store for node in self.world.nodes.values()}
+        asked: Any = stores[state.present[0]]
+        for range_ in asked.scopes(state.partition):
+            for disk in state.present:
+                if range_[0] in FLOORED_TABLES and stores[disk].slice(RowRange(*range_, b"", b"", 1)):
+                    self.complain(f"a row of a deleted bucket stays on {disk}")
 
     async def make_reader(self) -> Gateway:
         """A gateway may have died at the end of the workload."""

@@ -19,7 +19,7 @@ from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
 from storaged.meta.consensus.change import Shared, Wanted
-from storaged.meta.consensus.floors import KnownFloors, in_order, may_go, sequence_of, value_of
+from storaged.meta.consensus.floors import KnownFloors, in_order, may_go, may_go_when_closed, sequence_of, value_of
 from storaged.meta.consensus.looks import moved_on
 from storaged.meta.consensus.proposer import Proposer
 from storaged.meta.consensus.quorums import View
@@ -98,6 +98,13 @@ def test_a_row_goes_only_if_it_is_a_tombstone_from_before_the_floor() -> None:
     assert not may_go(old._replace(ballot=now_us(0)), FLOOR)
     assert not may_go(old._replace(ballot=ballot(NOW_US + 1, epoch=0)), FLOOR), "a newer layout makes no row older"
     assert not may_go(old._replace(value=Value(S, b"", Visibility.TOMBSTONE, b"")), FLOOR)
+
+
+def test_of_a_deleted_bucket_all_rows_below_the_floor_may_go() -> None:
+    old = Slot(NAME, Ballot(1, NOW_US - 200_000_000, "gw", b"incarnat"), value())
+    assert may_go_when_closed(old, FLOOR)
+    assert not may_go_when_closed(old._replace(ballot=now_us(0)), FLOOR)
+    assert not may_go_when_closed(old._replace(ballot=ballot(NOW_US + 1, epoch=0)), FLOOR)
 
 
 def test_two_floors_have_not_one_sequence() -> None:
@@ -752,6 +759,32 @@ async def test_the_bucket_that_is_deleted_is_not_compared(world: World) -> None:
     assert await expunge(world) == 1
     with pytest.raises(NoSuchBucket):
         await world.client.change(NAME, put(b"late"))
+
+
+@pytest.mark.parametrize("fence", ["final", "lends", "plain", "lifted"])
+async def test_live_rows_go_only_where_the_bucket_was_deleted_for_good(world: World, fence: str) -> None:
+    """Those of a disk that had the partition before: nothing settles them behind the fence."""
+    await world.client.change(NAME, put(b"v"))
+    await settle_tasks()
+    await world.client.fence(NAME.scope, (3,), b"nonce", final=fence == "final", lends=fence == "lends")
+    if fence == "lifted":
+        await world.client.unfence(NAME.scope, (3,), b"nonce")
+    gone = fence == "final"
+    assert await expunge(world) == gone
+    assert [await rows_at(world, disk) for disk in world.state.present] == [0 if gone else 1] * 3
+    if gone:
+        with pytest.raises(NoSuchBucket):
+            await world.client.change(NAME, put(b"late"))
+
+
+async def test_a_replica_drops_live_rows_by_its_own_fence_alone(world: World) -> None:
+    """What others say of the bucket does not count: they may lie."""
+    await world.client.change(NAME, put(b"v"))
+    await settle_tasks()
+    disk = world.state.present[0]
+    await world.ring.replicas[disk].fence(FenceSet(disk, NAME.scope, b"nonce", True))
+    await expunge(world)
+    assert [await rows_at(world, disk) for disk in world.state.present] == [0, 1, 1]
 
 
 async def test_a_bucket_that_is_being_deleted_waits(world: World) -> None:

@@ -23,7 +23,7 @@ from storaged.meta.acceptor.high_water import HighWater
 from storaged.meta.acceptor.pending_accept import PendingAccepts
 from storaged.meta.consensus.acceptor import AcceptorState
 from storaged.meta.consensus.bounds import check_floor
-from storaged.meta.consensus.floors import Range, in_order, may_go
+from storaged.meta.consensus.floors import Range, in_order, may_go, may_go_when_closed
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import (
     EXPUNGED_A_CALL,
@@ -109,11 +109,7 @@ class Floors:
         self._writes.check_answers()
         check_floor(request.prefix, request.ballot)
         range_, ballot = range_of(request.prefix), request.ballot
-        try:
-            fence = await self._store.read(partial(self._store.get_fence, range_[1]))
-        except RowDamaged as error:
-            raise DiskUnusable(f"Disk {self._writes.disk} can't tell whether a bucket is fenced: {error}") from None
-        final = fence is not None and fence.final
+        final = await self._is_closed(range_[1])
         verdict = self._judge(range_, ballot)
         if verdict is not Verdict.OK:
             return FloorReply(verdict, self._floor_of(range_), final)
@@ -132,6 +128,14 @@ class Floors:
             async with self._writing:  # floors that were judged before have arrived
                 verdict = self._judge_order(range_, ballot)
         return FloorReply(verdict, self._floor_of(range_), final)
+
+    async def _is_closed(self, scope: bytes) -> bool:
+        """Whether the bucket was deleted for good."""
+        try:
+            fence = await self._store.read(partial(self._store.get_fence, scope))
+        except RowDamaged as error:
+            raise DiskUnusable(f"Disk {self._writes.disk} can't tell whether a bucket is fenced: {error}") from None
+        return fence is not None and fence.final
 
     def _judge(self, range_: Range, ballot: Ballot) -> Verdict:
         """EPOCH: the partition is in a later step, or it has two sets. AHEAD: the floor lies in the future."""
@@ -184,6 +188,7 @@ class Floors:
         if verdict is not Verdict.OK:
             return ExpungeReply(verdict)
         store, prefix = self._store, request.prefix
+        closed = await self._is_closed(range_[1])
         wanted = RowRange(*range_, request.after, b"", request.limit)
         count = store.dirty_ranges.count_of(prefix)
         try:
@@ -196,24 +201,27 @@ class Floors:
             count, prefix, after=request.after, key_prefix=b"", through=None if done else through
         )
         changed = changed or self._judge_order(range_, request.ballot) is not Verdict.OK
-        names = [] if changed else self._that_may_go(range_, rows, request.ballot)
+        names = [] if changed else self._that_may_go(range_, rows, request.ballot, closed=closed)
         if names and not request.count:
             if self._judge(range_, request.ballot) is not Verdict.OK or self._floor_of(range_) < request.ballot:
                 raise InvalidRequest("Rows go below a floor that is active.")
             await self._delete(names)
         return ExpungeReply(Verdict.OK, len(names), through, done)
 
-    def _that_may_go(self, range_: Range, rows: Sequence[tuple[bytes, bytes]], floor: Ballot) -> list[RegisterName]:
+    def _that_may_go(
+        self, range_: Range, rows: Sequence[tuple[bytes, bytes]], floor: Ballot, *, closed: bool
+    ) -> list[RegisterName]:
+        goes = may_go_when_closed if closed else may_go
         found = []
         for key, row in rows:
-            if visibility_of(row) != Visibility.TOMBSTONE:
+            if not closed and visibility_of(row) != Visibility.TOMBSTONE:
                 continue
             name = RegisterName(*range_, key)
             try:
                 slot = unpack_row(name, row)
             except RowDamaged:
                 continue
-            if may_go(slot, floor) and name not in self._pending.by_name:
+            if goes(slot, floor) and name not in self._pending.by_name:
                 found.append(name)
         return found
 

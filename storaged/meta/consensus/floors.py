@@ -89,6 +89,11 @@ A replica that comes to a partition gets the floors of the others when it has al
 alone. Before that it must not report them: v would lie above the rows that it does not have yet. Its promises and rows
 are of later steps, so a floor there is in the way of no other operation.
 
+Of a bucket that was deleted for good all rows go, those of objects too. Its fence stays for ever, at a majority of each
+shard's replicas, and lets no change pass. So whatever the replicas hold is read by nobody, and no proof rests on it
+(``maintain.disuse``). Such rows are there: when a partition moves they are neither settled nor copied, and a disk that
+had it before keeps its own. Each replica goes by its own fence, which a gateway has set, or a majority has handed on.
+
 A range of the system table has no floor: bodies of its records are bound to their sequences.
 """
 
@@ -134,6 +139,11 @@ def may_go(slot: Slot, floor: Ballot) -> bool:
         and slot.ballot.counter < floor.counter
         and slot.value.sequence < sequence_of(floor)
     )
+
+
+def may_go_when_closed(slot: Slot, floor: Ballot) -> bool:
+    """As ``may_go``, of a bucket whose fence stays for ever on this disk: it was deleted, and no row of it counts."""
+    return slot.ballot < floor and slot.ballot.counter < floor.counter
 
 
 def in_order(floor: Ballot, active: Ballot) -> bool:
