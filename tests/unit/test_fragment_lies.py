@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 
 from storaged.durable import NoRoom
-from storaged.errors import DiskForeign, DiskUnusable, IndexDamaged
+from storaged.errors import DiskDamaged, DiskForeign, DiskUnusable, IndexDamaged
 from storaged.fragments.engine import Engine
 from storaged.fragments.files import OPEN_FILES_MAX, PosixFiles
 from storaged.fragments.index import Index
 from storaged.fragments.ports import Retirement
 from storaged.fragments.write import Write
+from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
+from storaged.meta.storage.rowvalue import seal_small
 from storaged.wire import Buffer
 from tests.doubles.files import SimulatedFile, SimulatedFiles
 from tests.worlds.fragments import ANY_SPACE, DISK, Made, make
@@ -293,3 +295,13 @@ def test_a_metadata_store_whose_note_is_damaged_is_refused_alone(tmp_path: Path)
     (tmp_path / "failed").write_bytes(b"\xff\xfe\x80 pwritev\n")
     with pytest.raises(DiskForeign, match="pwritev"):
         LmdbMetaStore(tmp_path, map_bytes=1 << 24)
+
+
+@pytest.mark.parametrize("name", [b"epoch 1\xf7", b"epoch one"])
+async def test_a_damaged_name_among_a_disks_promises_is_damage_of_that_disk(tmp_path: Path, name: bytes) -> None:
+    store = LmdbMetaStore(tmp_path, map_bytes=1 << 24)
+    with store._state.environment.begin(write=True) as txn:
+        txn.put(name, seal_small(name, bytes(8)), db=store._state.databases[b"meta"])
+    with pytest.raises(DiskDamaged):
+        LocalReplica("d1", store)
+    await store.close()

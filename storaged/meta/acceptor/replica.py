@@ -89,7 +89,7 @@ class LocalReplica:
         try:
             epoch, retired = (store.get_meta(name) for name in (META_EPOCH, META_RETIRED))
             epochs, high_waters, floors = stored_epochs(store), stored_high_waters(store), stored_floors(store)
-        except RowDamaged as error:
+        except (RowDamaged, ValueError) as error:  # ValueError: a name that says nothing
             raise DiskDamaged(f"The metadata store of disk {disk} has lost its record of promises: {error}") from None
         of_disk, high_water = int.from_bytes(epoch or b"", "big"), high_waters.pop(0, ZERO_BALLOT)
         known: Any = {"high_waters": high_waters, "epochs": epochs, "floors": floors}
